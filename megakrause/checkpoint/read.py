@@ -1,0 +1,150 @@
+"""Reads checkpoints: finds the newest good one, verifies, and gives out any range of any tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megakrause.checkpoint.files import FileRecord, check_file
+from megakrause.checkpoint.write import FORMAT, committed_folders
+from megakrause.errors import UserError
+from megakrause.parallel.mesh import Axis
+
+ALONE = Axis(rank=0, size=1, group=None)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where elements [offset, offset + numel) of a flattened parameter lie."""
+
+    offset: int
+    numel: int
+    file: str
+    key: str
+
+
+class Checkpoint:
+    """A committed step folder. Opening reads the small files and the headers; `verify` reads everything."""
+
+    def __init__(self, folder: Path):
+        """Raises UserError when the folder is no whole checkpoint."""
+        self.folder = folder
+        try:
+            commit = json.loads((folder / "COMMIT.json").read_text())
+            self.files = [FileRecord(**record) for record in commit["files"]]
+            if commit["format"] != FORMAT:
+                raise UserError(f"{folder} has checkpoint format {commit['format']}; this version reads format {FORMAT}")
+            self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+            self.config = (folder / "config.toml").read_text()
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} is not a checkpoint: {Path(error.filename).name} is missing") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
+        self._open: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def verify(self, axis: Axis = ALONE) -> str | None:
+        """What is wrong, in words, or None. The ranks of the axis share the work and learn the same."""
+        share = self.files[axis.rank :: axis.size]
+        problems = [check_file(self.folder, record) for record in share]
+        found = axis.gather_objects([p for p in problems if p is not None])
+        return next((p for part in found for p in part), None)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter, by name."""
+        self._read_index()
+        return self._shapes
+
+    def read(self, kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
+        """Elements [offset, offset + numel) of a flattened parameter or moment, fp32 [numel]; only these are read.
+
+        Raises UserError when the checkpoint does not hold them all."""
+        self._read_index()
+        result, filled = torch.empty(numel), 0
+        for piece in self._pieces.get((kind, name), []):
+            start, end = max(offset, piece.offset), min(offset + numel, piece.offset + piece.numel)
+            if start < end:
+                stored = self._file(piece.file).get_slice(piece.key)[start - piece.offset : end - piece.offset]
+                result[start - offset : end - offset] = stored
+                filled += end - start
+        if filled != numel:
+            raise UserError(f"{self.folder} holds {filled} of the {numel} elements of {kind} of {name} that are needed")
+        return result
+
+    def weights(self, name: str) -> torch.Tensor:
+        """A whole parameter, fp32. Raises UserError when it is not there."""
+        if name not in self.shapes:
+            raise UserError(f"{self.folder} has no parameter {name}; it is of another model")
+        shape = self.shapes[name]
+        return self.read("master", name, 0, math.prod(shape)).view(shape)
+
+    def rng(self, rank: int) -> dict[str, torch.Tensor]:
+        """A rank's generator states; empty if as many ranks did not write this checkpoint."""
+        name = f"rank-{rank:05d}.safetensors"
+        if all(record.name != name for record in self.files):
+            return {}
+        file = self._file(name)
+        return {key.removeprefix("rng/"): file.get_tensor(key) for key in file.keys() if key.startswith("rng/")}  # noqa: SIM118
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
+
+    def _read_index(self) -> None:
+        if self._shapes:
+            return
+        for record in self.files:
+            if not record.name.startswith("rank-"):
+                continue
+            for f in json.loads(self._file(record.name).metadata()["fragments"]):
+                self._shapes[f["name"]] = tuple(f["shape"])
+                piece = _Piece(f["offset"], f["numel"], record.name, f["key"])
+                self._pieces.setdefault((f["kind"], f["name"]), []).append(piece)
+
+
+def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
+    """The checkpoint that CHECKPOINT means: a step folder, or a run's folder (its newest verified step).
+
+    Raises UserError on every rank when there is none or it does not verify."""
+    path = Path(path)
+    if (path / "COMMIT.json").exists():
+        checkpoint = Checkpoint(path)
+        if problem := checkpoint.verify(axis):
+            raise UserError(f"checkpoint {path} is damaged: {problem}")
+        return checkpoint
+    newest, _ = newest_checkpoint(path / "checkpoints", axis)
+    if newest is None:
+        raise UserError(f"{path} is neither a checkpoint nor the folder of a run with one; name a step-N folder")
+    return newest
+
+
+def newest_checkpoint(root: Path, axis: Axis = ALONE) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint below `root` that verifies, and why newer ones were passed over; None when nothing was ever
+    committed. Raises UserError when checkpoints exist and none verifies."""
+    passed_over: list[str] = []
+    folders = axis.gather_objects(committed_folders(root))[0]  # the main rank's view, so that all decide alike
+    for folder in folders:
+        try:
+            checkpoint = axis.together(lambda folder=folder: Checkpoint(folder))[axis.rank]
+            problem = checkpoint.verify(axis)
+        except UserError as error:
+            problem = str(error)
+        if problem is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{folder.name}: {problem}")
+    if folders:
+        raise UserError(f"none of the {len(folders)} checkpoints in {root} is usable ({'; '.join(passed_over)})")
+    return None, passed_over

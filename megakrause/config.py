@@ -1,0 +1,251 @@
+"""The typed description of a run: a TOML file plus `key=value` overrides, checked before anything starts.
+
+Unknown keys, values out of range and impossible combinations raise `UserError` with one line that names the key, the
+value and a legal one. What was resolved is written back with `RunConfig.to_toml()` and restarts the run by itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megakrause.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+AttentionKind = Literal["krause", "softmax"]
+
+
+class ModelConfig(Section):
+    """A decoder language model of the Llama kind; each layer's attention is Krause or softmax."""
+
+    kind: Literal["lm"] = "lm"
+    layers: int = Field(gt=0)
+    width: int = Field(gt=0, description="size of the residual stream")
+    heads: int = Field(gt=0, description="query heads")
+    kv_heads: int | None = Field(default=None, gt=0, description="key/value heads; default: heads")
+    head_dim: int | None = Field(default=None, gt=0, description="default: width / heads")
+    mlp_width: int = Field(gt=0, description="inner size of the SwiGLU")
+    attention: AttentionKind | list[AttentionKind] = Field(
+        default="krause", description="one word for all layers, or one word a layer"
+    )
+    window: int | None = Field(default=None, gt=0, description="keys a Krause query sees, itself included")
+    top_k: int | None = Field(default=None, gt=0, description="keys kept per Krause query; left out: the whole window")
+    sigma: float = Field(default=2.5, gt=0, description="initial width of the RBF kernel of every head")
+    qkv_bias: bool = False
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: float = Field(default=10000.0, gt=0)
+    max_positions: int | None = Field(default=None, gt=0, description="size of the table of learned positions")
+    norm_eps: float = Field(default=1e-5, gt=0)
+    tie_embeddings: bool = False
+    vocab_size: int | None = Field(default=None, gt=0, description="default: the tokenizer's")
+    init_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def check(self) -> ModelConfig:
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            raise ValueError(f"model.kv_heads = {self.kv_heads} does not divide model.heads = {self.heads}; use one of {divisors}")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"model.width = {self.width} is no multiple of model.heads = {self.heads}; change one or set model.head_dim")
+        if self.positions == "rope" and self.head_size % 2:
+            raise ValueError(f"model.head_dim = {self.head_size} is odd; rotary positions need an even one, such as {self.head_size + 1}")
+        if isinstance(self.attention, list) and len(self.attention) != self.layers:
+            raise ValueError(f"model.attention lists {len(self.attention)} layers, model.layers = {self.layers}; they must agree")
+        if "krause" in self.attention_of_layers and self.window is None:
+            raise ValueError("model.window is missing; a Krause layer needs one, such as model.window = 128")
+        if self.positions == "learned" and self.max_positions is None:
+            raise ValueError("model.max_positions is missing; learned positions need one, at least train.seq_len")
+        return self
+
+    @property
+    def attention_of_layers(self) -> list[AttentionKind]:
+        """The attention of each layer, in order."""
+        return self.attention if isinstance(self.attention, list) else [self.attention] * self.layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+
+class DataConfig(Section):
+    train: str = Field(description="corpus PREFIX (of PREFIX.bin, PREFIX.idx, PREFIX.manifest.json)")
+    valid: str | None = Field(default=None, description="held-out corpus PREFIX")
+    tokenizer: str = Field(description="SentencePiece .model file")
+    mask_documents: bool = Field(default=True, description="no attention across documents packed in one sequence")
+    prefetch: int = Field(default=4, ge=0, description="micro-batches read ahead")
+
+
+class OptimConfig(Section):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); norms, biases and log_sigma are not decayed."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    decay: int | None = Field(default=None, gt=0, description="wsd: steps of the final decay; default: a tenth of the run")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    @model_validator(mode="after")
+    def check(self) -> OptimConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr = {self.min_lr} is above optim.lr = {self.lr}; it must not be")
+        return self
+
+
+class TrainConfig(Section):
+    steps: int = Field(gt=0)
+    global_batch: int = Field(gt=0, description="sequences per optimizer step, over all ranks")
+    micro_batch: int | None = Field(default=None, gt=0, description="sequences per forward on one rank; default: no accumulation")
+    seq_len: int = Field(gt=0, description="tokens per sequence")
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations on data.valid; 0: only at the end")
+    eval_batches: int = Field(default=0, ge=0, description="micro-batches per rank and evaluation; 0: the whole corpus")
+    init_from: str | None = Field(default=None, description="checkpoint whose weights (alone) the run starts from")
+
+
+class ParallelConfig(Section):
+    zero: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(default=2, gt=0, description="newest checkpoints to keep")
+    resume: bool = Field(default=True, description="go on from the newest checkpoint of the output folder")
+
+
+class LogConfig(Section):
+    every: int = Field(default=10, gt=0, description="steps between lines of the log and points in TensorBoard")
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """A complete run."""
+
+    output: str = Field(description="folder of everything the run writes")
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> RunConfig:
+        limit = self.model.max_positions
+        if self.model.positions == "learned" and limit is not None and self.train.seq_len > limit:
+            raise ValueError(
+                f"train.seq_len = {self.train.seq_len} is longer than the learned positions allow; "
+                f"use at most model.max_positions = {limit}"
+            )
+        if self.optim.warmup > self.train.steps:
+            raise ValueError(f"optim.warmup = {self.optim.warmup} is longer than train.steps = {self.train.steps}; it must not be")
+        if self.train.eval_every and self.data.valid is None:
+            raise ValueError(f"train.eval_every = {self.train.eval_every} needs data.valid; name a corpus or set train.eval_every = 0")
+        return self
+
+    def accumulation(self, dp: int) -> tuple[int, int]:
+        """(sequences per micro-batch, micro-batches per step) on each of `dp` data-parallel ranks.
+
+        Raises UserError when the global batch cannot be cut so."""
+        total = self.train.global_batch
+        if total % dp:
+            raise UserError(f"train.global_batch = {total} cannot be shared by {dp} data-parallel ranks; use a multiple of {dp}")
+        micro = self.train.micro_batch or total // dp
+        if total % (micro * dp):
+            raise UserError(
+                f"train.global_batch = {total} is no multiple of train.micro_batch = {micro} x {dp} data-parallel ranks; "
+                f"use train.micro_batch = {next(m for m in range(micro, 0, -1) if total % (m * dp) == 0)}"
+            )
+        return micro, total // (micro * dp)
+
+    def to_toml(self) -> str:
+        """The whole config as TOML; `load_config` reads it back to an equal one."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a TOML file and applies `section.key=value` overrides (values in TOML's notation, bare words as strings,
+    `none` to leave a key out). Raises UserError."""
+    try:
+        tree = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid TOML: {error}") from error
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> RunConfig:
+    """Checks a tree of plain values. Raises UserError for the first thing that is wrong."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"'{override}' is not an override; write section.key=value, such as train.steps=100")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"unknown config key '{key.strip()}': '{section}' is a value, not a section")
+    if text.strip() == "none":
+        tree.pop(last, None)
+        return
+    try:
+        tree[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[last] = text
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first of pydantic's complaints."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "value_error":
+            return str(first["ctx"]["error"])
+        case "missing":
+            return f"config key '{key}' is missing; it has no default"
+        case "extra_forbidden":
+            legal = _keys()
+            near = difflib.get_close_matches(key, legal, n=1, cutoff=0.0)
+            return f"unknown config key '{key}'; did you mean '{near[0]}'?"
+        case _:
+            return f"{key} = {first['input']!r} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _keys() -> list[str]:
+    """Every legal key, dotted."""
+    keys: list[str] = []
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{key}" for key in section.model_fields]
+        else:
+            keys.append(name)
+    return keys

@@ -1,0 +1,37 @@
+"""Initial weights as a pure function of (seed, parameter name): the same for every layout."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def normal(param: nn.Parameter, std: float) -> nn.Parameter:
+    """Marks a parameter to be drawn from N(0, std^2)."""
+    param.initial_std = std  # type: ignore[attr-defined]
+    return param
+
+
+def constant(param: nn.Parameter, value: float) -> nn.Parameter:
+    """Marks a parameter to be filled with one value."""
+    param.initial_value = value  # type: ignore[attr-defined]
+    return param
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fills every parameter as its layer marked it. Raises AttributeError for one that no layer marked."""
+    for name, param in model.named_parameters():
+        value = getattr(param, "initial_value", None)
+        if value is not None:
+            param.fill_(value)
+        else:
+            param.copy_(_draw(seed, name, param.shape) * param.initial_std)  # type: ignore[attr-defined]
+
+
+def _draw(seed: int, name: str, shape: torch.Size) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(shape, generator=generator)
