@@ -23,7 +23,9 @@ class TokenBatch:
     doc_start: Tensor  # int32 [b, s]   position, in its sequence, of the first token that each token may see
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.loss_mask, self.doc_start)))
+        return TokenBatch(
+            *(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.loss_mask, self.doc_start))
+        )
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         """Some of the sequences."""

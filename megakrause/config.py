@@ -53,13 +53,23 @@ class ModelConfig(Section):
     def check(self) -> ModelConfig:
         if self.kv_heads is not None and self.heads % self.kv_heads:
             divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            raise ValueError(f"model.kv_heads = {self.kv_heads} does not divide model.heads = {self.heads}; use one of {divisors}")
+            raise ValueError(
+                f"model.kv_heads = {self.kv_heads} does not divide model.heads = {self.heads}; use one of {divisors}"
+            )
         if self.head_dim is None and self.width % self.heads:
-            raise ValueError(f"model.width = {self.width} is no multiple of model.heads = {self.heads}; change one or set model.head_dim")
+            raise ValueError(
+                f"model.width = {self.width} is no multiple of model.heads = {self.heads}; "
+                "change one or set model.head_dim"
+            )
         if self.positions == "rope" and self.head_size % 2:
-            raise ValueError(f"model.head_dim = {self.head_size} is odd; rotary positions need an even one, such as {self.head_size + 1}")
+            raise ValueError(
+                f"model.head_dim = {self.head_size} is odd; "
+                f"rotary positions need an even one, such as {self.head_size + 1}"
+            )
         if isinstance(self.attention, list) and len(self.attention) != self.layers:
-            raise ValueError(f"model.attention lists {len(self.attention)} layers, model.layers = {self.layers}; they must agree")
+            raise ValueError(
+                f"model.attention lists {len(self.attention)} layers, model.layers = {self.layers}; they must agree"
+            )
         if "krause" in self.attention_of_layers and self.window is None:
             raise ValueError("model.window is missing; a Krause layer needs one, such as model.window = 128")
         if self.positions == "learned" and self.max_positions is None:
@@ -95,7 +105,9 @@ class OptimConfig(Section):
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
-    decay: int | None = Field(default=None, gt=0, description="wsd: steps of the final decay; default: a tenth of the run")
+    decay: int | None = Field(
+        default=None, gt=0, description="wsd: steps of the final decay; default: a tenth of the run"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
@@ -112,7 +124,9 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(gt=0)
     global_batch: int = Field(gt=0, description="sequences per optimizer step, over all ranks")
-    micro_batch: int | None = Field(default=None, gt=0, description="sequences per forward on one rank; default: no accumulation")
+    micro_batch: int | None = Field(
+        default=None, gt=0, description="sequences per forward on one rank; default: no accumulation"
+    )
     seq_len: int = Field(gt=0, description="tokens per sequence")
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -157,9 +171,14 @@ class RunConfig(Section):
                 f"use at most model.max_positions = {limit}"
             )
         if self.optim.warmup > self.train.steps:
-            raise ValueError(f"optim.warmup = {self.optim.warmup} is longer than train.steps = {self.train.steps}; it must not be")
+            raise ValueError(
+                f"optim.warmup = {self.optim.warmup} is longer than train.steps = {self.train.steps}; it must not be"
+            )
         if self.train.eval_every and self.data.valid is None:
-            raise ValueError(f"train.eval_every = {self.train.eval_every} needs data.valid; name a corpus or set train.eval_every = 0")
+            raise ValueError(
+                f"train.eval_every = {self.train.eval_every} needs data.valid; "
+                "name a corpus or set train.eval_every = 0"
+            )
         return self
 
     def accumulation(self, dp: int) -> tuple[int, int]:
@@ -168,11 +187,13 @@ class RunConfig(Section):
         Raises UserError when the global batch cannot be cut so."""
         total = self.train.global_batch
         if total % dp:
-            raise UserError(f"train.global_batch = {total} cannot be shared by {dp} data-parallel ranks; use a multiple of {dp}")
+            raise UserError(
+                f"train.global_batch = {total} cannot be shared by {dp} data-parallel ranks; use a multiple of {dp}"
+            )
         micro = self.train.micro_batch or total // dp
         if total % (micro * dp):
             raise UserError(
-                f"train.global_batch = {total} is no multiple of train.micro_batch = {micro} x {dp} data-parallel ranks; "
+                f"train.global_batch = {total} is no multiple of train.micro_batch = {micro} x {dp} ranks; "
                 f"use train.micro_batch = {next(m for m in range(micro, 0, -1) if total % (m * dp) == 0)}"
             )
         return micro, total // (micro * dp)

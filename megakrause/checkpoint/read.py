@@ -39,7 +39,7 @@ class Checkpoint:
             commit = json.loads((folder / "COMMIT.json").read_text())
             self.files = [FileRecord(**record) for record in commit["files"]]
             if commit["format"] != FORMAT:
-                raise UserError(f"{folder} has checkpoint format {commit['format']}; this version reads format {FORMAT}")
+                raise UserError(f"{folder} has format {commit['format']}; this version reads format {FORMAT}")
             self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
             self.config = (folder / "config.toml").read_text()
         except FileNotFoundError as error:
@@ -67,13 +67,13 @@ class Checkpoint:
         self._read_index()
         return self._shapes
 
-    def read(self, kind: str, name: str, offset: int, numel: int) -> torch.Tensor:
+    def read(self, name: str, kind: str, offset: int, numel: int) -> torch.Tensor:
         """Elements [offset, offset + numel) of a flattened parameter or moment, fp32 [numel]; only these are read.
 
         Raises UserError when the checkpoint does not hold them all."""
         self._read_index()
         result, filled = torch.empty(numel), 0
-        for piece in self._pieces.get((kind, name), []):
+        for piece in self._pieces.get((name, kind), []):
             start, end = max(offset, piece.offset), min(offset + numel, piece.offset + piece.numel)
             if start < end:
                 stored = self._file(piece.file).get_slice(piece.key)[start - piece.offset : end - piece.offset]
@@ -88,7 +88,7 @@ class Checkpoint:
         if name not in self.shapes:
             raise UserError(f"{self.folder} has no parameter {name}; it is of another model")
         shape = self.shapes[name]
-        return self.read("master", name, 0, math.prod(shape)).view(shape)
+        return self.read(name, "master", 0, math.prod(shape)).view(shape)
 
     def rng(self, rank: int) -> dict[str, torch.Tensor]:
         """A rank's generator states; empty if as many ranks did not write this checkpoint."""
@@ -112,7 +112,7 @@ class Checkpoint:
             for f in json.loads(self._file(record.name).metadata()["fragments"]):
                 self._shapes[f["name"]] = tuple(f["shape"])
                 piece = _Piece(f["offset"], f["numel"], record.name, f["key"])
-                self._pieces.setdefault((f["kind"], f["name"]), []).append(piece)
+                self._pieces.setdefault((f["name"], f["kind"]), []).append(piece)
 
 
 def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
@@ -137,14 +137,20 @@ def newest_checkpoint(root: Path, axis: Axis = ALONE) -> tuple[Checkpoint | None
     passed_over: list[str] = []
     folders = axis.gather_objects(committed_folders(root))[0]  # the main rank's view, so that all decide alike
     for folder in folders:
-        try:
-            checkpoint = axis.together(lambda folder=folder: Checkpoint(folder))[axis.rank]
+        checkpoint, problem = _try_open(folder)
+        problem = next((p for p in axis.gather_objects(problem) if p), None)
+        if checkpoint is not None and problem is None:
             problem = checkpoint.verify(axis)
-        except UserError as error:
-            problem = str(error)
-        if problem is None:
-            return checkpoint, passed_over
+            if problem is None:
+                return checkpoint, passed_over
         passed_over.append(f"{folder.name}: {problem}")
     if folders:
         raise UserError(f"none of the {len(folders)} checkpoints in {root} is usable ({'; '.join(passed_over)})")
     return None, passed_over
+
+
+def _try_open(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    try:
+        return Checkpoint(folder), None
+    except UserError as error:
+        return None, str(error)

@@ -1,10 +1,10 @@
 """Writes a checkpoint so that a kill at any moment leaves the last one usable.
 
-    ROOT/step-20.tmp/             every rank writes its own part; nobody looks here
-        rank-00000.safetensors    fragments of weights and optimizer state; RNG state
-        state.json  config.toml   what exists once, by the main rank
-        COMMIT.json               last: size and hash of every file
-    ROOT/step-20/                 the same folder, renamed when all of it is on disk
+ROOT/step-20.tmp/             every rank writes its own part; nobody looks here
+    rank-00000.safetensors    fragments of weights and optimizer state; RNG state
+    state.json  config.toml  tokenizer.model   what exists once, by the main rank
+    COMMIT.json               last: size and hash of every file
+ROOT/step-20/                 the same folder, renamed when all of it is on disk
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def save_checkpoint(
     fragments: Iterable[Fragment],
     rng: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
-    config: str,
+    files: Mapping[str, bytes],
     keep: int,
 ) -> Path:
     """Writes ROOT/step-N with the parts of all ranks of the axis, then removes all but the `keep` newest.
 
-    rng: this rank's generator states, uint8. state: plain values that are the same on every rank. config: the resolved
-    config as TOML. Raises UserError on every rank when any of them fails; what was there before stays as it was."""
+    rng: this rank's generator states, uint8. state: plain values that are the same on every rank. files: more of
+    what exists once, by name. Raises UserError on every rank when any of them fails; what was there before stays."""
     folder, temporary = root / f"step-{step}", root / f"step-{step}.tmp"
 
     def prepare() -> None:
@@ -51,13 +51,13 @@ def save_checkpoint(
         records = [_write_rank(temporary, axis.rank, list(fragments), rng)]
         if axis.rank == 0:
             text = json.dumps({"format": FORMAT, "step": step, **state}, indent=1).encode()
-            records.append(write_bytes(temporary, "state.json", iter([text])))
-            records.append(write_bytes(temporary, "config.toml", iter([config.encode()])))
+            for name, content in {"state.json": text, **files}.items():
+                records.append(write_bytes(temporary, name, iter([content])))
         return records
 
     try:
         axis.together(lambda: prepare() if axis.rank == 0 else None)
-        records = sum(axis.together(write), [])
+        records = sum(axis.gather_objects(axis.together(write)), [])
         axis.together(lambda: _commit(temporary, folder, records) if axis.rank == 0 else None)
     except Exception:
         if axis.rank == 0:
@@ -67,9 +67,7 @@ def save_checkpoint(
     return folder
 
 
-def _write_rank(
-    folder: Path, rank: int, fragments: list[Fragment], rng: Mapping[str, torch.Tensor]
-) -> FileRecord:
+def _write_rank(folder: Path, rank: int, fragments: list[Fragment], rng: Mapping[str, torch.Tensor]) -> FileRecord:
     tensors = {f"rng/{key}": value for key, value in rng.items()}
     index = []
     for f in fragments:

@@ -31,7 +31,7 @@ class KeyValueCache:
         return 0 if self.k is None else self.k.shape[1]
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [b, s, h_kv, d] and returns the keys and values that the new positions attend over, [b, s_k, h_kv, d]."""
+        """Adds [b, s, h_kv, d]; returns the keys and values that the new positions attend over, [b, s_k, h_kv, d]."""
         if self.k is not None and self.v is not None:
             k, v = torch.cat([self.k, k], dim=1), torch.cat([self.v, v], dim=1)
         kept = slice(None) if self.limit is None else slice(-self.limit, None)

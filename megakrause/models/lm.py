@@ -70,7 +70,9 @@ class LanguageModel(nn.Module):
         s = tokens.shape[1]
         limit = self.config.max_positions
         if self.config.positions == "learned" and limit is not None and start + s > limit:
-            raise UserError(f"{start + s} positions are more than the learned ones; use at most model.max_positions = {limit}")
+            raise UserError(
+                f"{start + s} positions are more than the learned ones; use at most model.max_positions = {limit}"
+            )
         positions = torch.arange(start, start + s, device=tokens.device)
         rotary = None
         if self.config.positions == "rope":

@@ -26,7 +26,7 @@ def krause_attention(
     seed: int | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [b, s, h, d], dtype of q
-    """Attention over the nearest keys of a bounded neighbourhood (Krause Synchronization Transformers, arXiv 2602.11534).
+    """Attention over the nearest keys of a neighbourhood (Krause Synchronization Transformers, arXiv 2602.11534).
 
     For query i of one head, with sigma = exp(log_sigma) and N(i) the neighbourhood of i:
 
@@ -63,7 +63,9 @@ def krause_attention(
         )
     assert window is not None
     k, v, doc_start = _last_keys(q, k, v, doc_start, window)
-    return krause_blocked(q, k, v, log_sigma, window=window, top_k=top_k, doc_start=doc_start, dropout=dropout, seed=seed)
+    return krause_blocked(
+        q, k, v, log_sigma, window=window, top_k=top_k, doc_start=doc_start, dropout=dropout, seed=seed
+    )
 
 
 def _last_keys(
@@ -89,12 +91,16 @@ def _check(
     seed: int | None,
 ) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; they must be [b, s, h, d] and twice [b, s_k, h_kv, d]")
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; "
+            "they must be [b, s, h, d] and twice [b, s_k, h_kv, d]"
+        )
     b, s, h, d = q.shape
     b_k, s_k, h_kv, d_k = k.shape
     if b != b_k or d != d_k or s_k < s or s < 1 or h % h_kv:
         raise ValueError(
-            f"q {list(q.shape)} and k {list(k.shape)} do not fit: same b and d, s_k >= s >= 1 and h a multiple of h_kv are needed"
+            f"q {list(q.shape)} and k {list(k.shape)} do not fit: "
+            "same b and d, s_k >= s >= 1 and h a multiple of h_kv are needed"
         )
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must be of one floating dtype")

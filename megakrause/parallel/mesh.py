@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megakrause.errors import UserError
+from megakrause.errors import UserError, explain_os_error
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,23 @@ class Axis:
             dist.all_reduce(value, group=self.group)
         return value
 
-    def together(self, work: Callable[[], Any]) -> list[Any]:
-        """Does the work and returns every rank's result; when it fails on some rank, raises UserError on all of them.
+    def together(self, work: Callable[[], T]) -> T:
+        """Does the work and returns its result; when it fails on some rank, raises one UserError on all of them.
 
         Also a barrier: nobody returns before everybody is done."""
+        result, message = None, None
         try:
-            outcome: tuple[Any, str | None] = work(), None
+            result = work()
         except UserError as error:
-            outcome = None, str(error)
+            message = str(error)
         except OSError as error:
-            outcome = None, _explain(error)
-        outcomes = self.gather_objects(outcome)
-        failures = [(rank, message) for rank, (_, message) in enumerate(outcomes) if message is not None]
-        if failures:
-            rank, message = failures[0]
-            raise UserError(message if self.size == 1 else f"rank {rank}: {message}")
-        return [result for result, _ in outcomes]
+            message = explain_os_error(error)
+        messages = self.gather_objects(message)
+        for rank, message in enumerate(messages):
+            if message is not None:
+                everywhere = all(other == message for other in messages)
+                raise UserError(message if everywhere else f"rank {rank}: {message}")
+        return result  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,3 @@ class Mesh:
                 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return Mesh(dp=Axis(rank, size, dist.group.WORLD), device=device)
-
-
-def _explain(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -1,0 +1,50 @@
+"""Trains a lossless SentencePiece tokenizer on text files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megakrause.data.sources import SUFFIXES, read_texts
+from megakrause.data.tokenizer import train_tokenizer
+from megakrause.errors import UserError
+
+EXAMPLES = """examples:
+  python data_prep/train_tokenizer.py --input corpus/ --vocab-size 32000 --output tokenizer.model
+  python data_prep/train_tokenizer.py --input 'text/*.jsonl' notes.txt --vocab-size 4096 --output small.model
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, help="files, folders, or globs in quotes")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, 256 of them single bytes")
+    parser.add_argument("--output", required=True, help="the .model file to write")
+    parser.add_argument("--kind", choices=["bpe", "unigram"], default="bpe", help="default: bpe")
+    parser.add_argument("--sample-mb", type=int, default=64, help="most text to train on, in MiB; default: 64")
+    parser.add_argument(
+        "--suffix", nargs="+", default=SUFFIXES, help=f"of files in folders; default: {' '.join(SUFFIXES)}"
+    )
+    parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to pass over")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl objects; default: text")
+    arguments = parser.parse_args()
+    try:
+        texts = read_texts(
+            arguments.input, suffixes=arguments.suffix, exclude=arguments.exclude, text_field=arguments.text_field
+        )
+        tokenizer = train_tokenizer(
+            texts,
+            arguments.vocab_size,
+            arguments.output,
+            kind=arguments.kind,
+            sample_bytes=arguments.sample_mb << 20,
+        )
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+import sys
+
+from megakrause.cli import main
+
+sys.exit(main())

@@ -1,0 +1,44 @@
+"""A model for evaluation, generation and conversion, from a checkpoint of any layout, without an engine."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megakrause.checkpoint.read import Checkpoint
+from megakrause.config import RunConfig, parse_config
+from megakrause.errors import UserError
+from megakrause.models.build import build_model
+from megakrause.models.lm import LanguageModel
+
+
+def stored_config(checkpoint: Checkpoint) -> RunConfig:
+    """The config that a checkpoint was made with."""
+    return parse_config(tomllib.loads(checkpoint.config))
+
+
+def stored_tokenizer(checkpoint: Checkpoint) -> Path:
+    """The tokenizer's file, which every checkpoint carries."""
+    return checkpoint.folder / "tokenizer.model"
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
+    """The model in float32, in evaluation mode. Raises UserError when the checkpoint does not hold all of it."""
+    model = build_model(stored_config(checkpoint).model)
+    check_shapes(checkpoint, model)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(checkpoint.weights(name))
+    return model.to(device).eval()
+
+
+def check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raises UserError when the checkpoint is of another model."""
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    for name in [*expected, *checkpoint.shapes]:
+        here, there = expected.get(name, "not there"), checkpoint.shapes.get(name, "not there")
+        if here != there:
+            raise UserError(f"{checkpoint.folder} is of another model: {name} is {there} in it and {here} in this one")

@@ -1,0 +1,85 @@
+"""Batches for training and evaluation. Where training stands is one integer, the same for every number of ranks."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from megakrause.batch import TokenBatch
+from megakrause.data.order import samples_at
+from megakrause.data.tokens import TokenWindows
+
+T = TypeVar("T")
+
+
+def train_batches(
+    windows: TokenWindows, *, seed: int, global_batch: int, rank: int, ranks: int, start: int, prefetch: int
+) -> Iterator[tuple[TokenBatch, int]]:
+    """Endless global batches from position `start` of the order given by `seed`: this rank's rows of each, [b, s] with
+    b = global_batch / ranks, and the position after it, from which the next run goes on.
+
+    Rank r has rows r*b to (r+1)*b of the global batch, so the ranks together have the same batch whatever their
+    number. `prefetch` batches are read ahead in a thread; 0: none. Raises ValueError if `ranks` does not divide
+    `global_batch`."""
+    if global_batch % ranks:
+        raise ValueError(f"a global batch of {global_batch} cannot be shared by {ranks} ranks")
+    batches = _train_batches(windows, seed, global_batch, rank, ranks, start)
+    return _prefetched(batches, prefetch) if prefetch else batches
+
+
+def _train_batches(
+    windows: TokenWindows, seed: int, global_batch: int, rank: int, ranks: int, position: int
+) -> Iterator[tuple[TokenBatch, int]]:
+    share = global_batch // ranks
+    while True:
+        mine = position + rank * share + np.arange(share)
+        position += global_batch
+        yield windows.batch(samples_at(mine, len(windows), seed)), position
+
+
+def eval_batches(windows: TokenWindows, *, batch: int, rank: int, ranks: int, limit: int) -> Iterator[TokenBatch]:
+    """This rank's batches [batch, s] of one pass over all windows in order, at most `limit` of them (0: no limit).
+
+    Every window stands on one rank in one batch. All ranks have equally many batches; rows beyond the last window are
+    all padding, with loss_mask False."""
+    count = -(-len(windows) // (batch * ranks))
+    for number in range(min(count, limit) if limit else count):
+        yield windows.batch((number * ranks + rank) * batch + np.arange(batch))
+
+
+def _prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items, made in a thread up to `depth` ahead. Its exceptions are raised here; closing this ends it."""
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: T | BaseException | None) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if closed.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # whatever it is, the consumer must learn of it
+            put(error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,248 @@
+"""Training from a config to its last checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megakrause.checkpoint.model import check_shapes, stored_config
+from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
+from megakrause.checkpoint.write import remove_leftovers, save_checkpoint
+from megakrause.config import RunConfig
+from megakrause.data.loader import eval_batches, train_batches
+from megakrause.data.shards import Corpus
+from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.tokens import TokenWindows
+from megakrause.errors import UserError
+from megakrause.models.build import build_model, count_parameters, flops_per_token
+from megakrause.parallel.mesh import Mesh
+from megakrause.training.engine import Engine
+from megakrause.training.evaluate import Evaluation, evaluate
+from megakrause.training.metrics import MetricsLog, memory_gib, peak_flops
+from megakrause.training.schedule import learning_rate
+
+
+def train(config: RunConfig, mesh: Mesh) -> None:
+    """Trains, or goes on from the newest checkpoint of config.output. Raises UserError on every rank."""
+    Trainer(config, mesh).run()
+
+
+class Trainer:
+    """The parts of one run, built in the order in which they need each other."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self.mesh = mesh
+        self.output = Path(config.output)
+        # 1. Whatever can be refused is refused before anything is written.
+        config.accumulation(mesh.dp.size)
+        self.tokenizer = mesh.dp.together(lambda: Tokenizer.load(config.data.tokenizer))
+        self.config = resolve(config, self.tokenizer.vocab_size)
+        self.train_windows = mesh.dp.together(lambda: self._windows(config.data.train))
+        valid = config.data.valid
+        self.valid_windows = None if valid is None else mesh.dp.together(lambda: self._windows(valid))
+        config = self.config
+        # 2. The output folder, and what is to be gone on from.
+        checkpoint = self._find_start()
+        mesh.dp.together(lambda: self._prepare_output() if mesh.is_main else None)
+        # 3. The model and its engine.
+        model = build_model(config.model, config.train.seed)
+        self.parameters = count_parameters(model)
+        self.engine = Engine(model, config, mesh)
+        # 4. Where to start from.
+        self.step, self.position, self.tokens = 0, 0, 0
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        elif config.train.init_from is not None:
+            start = find_checkpoint(config.train.init_from, mesh.dp)
+            check_shapes(start, model)
+            self.engine.load(start, weights_only=True)
+
+    def run(self) -> None:
+        config, mesh = self.config, self.mesh
+        steps = config.train.steps
+        if self.step >= steps:
+            self._say(f"{self.output} is already at step {self.step} of {steps}; raise train.steps to go on")
+            return
+        self._say(
+            f"training {self.parameters / 1e6:.2f} M parameters on {mesh.dp.size} x {mesh.device.type}, "
+            f"{config.train.global_batch} x {config.train.seq_len} tokens a step, steps {self.step + 1} to {steps}"
+        )
+        log = MetricsLog(self.output, self.step, config.log.tensorboard) if mesh.is_main else None
+        batches = train_batches(
+            self.train_windows,
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            rank=mesh.dp.rank,
+            ranks=mesh.dp.size,
+            start=self.position,
+            prefetch=config.data.prefetch,
+        )
+        bar = tqdm(total=steps, initial=self.step, desc="training", unit="step", disable=not mesh.is_main)
+        try:
+            while self.step < steps:
+                began = time.perf_counter()
+                batch, self.position = next(batches)
+                waited = time.perf_counter() - began
+                lr = learning_rate(config.optim, self.step, steps)
+                result = self.engine.train_step(batch, lr)
+                self.step += 1
+                self.tokens += result.tokens
+                row: dict[str, Any] = {"step": self.step, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+                seconds = time.perf_counter() - began
+                row |= {"tokens": self.tokens, "tokens_per_s": result.tokens / seconds, "seconds": seconds}
+                row |= {"data_seconds": waited}
+                if not result.applied or not math.isfinite(result.loss):
+                    row["skipped"] = not result.applied
+                bar.update()
+                bar.set_postfix(loss=f"{result.loss:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}", refresh=False)
+                if log is not None:
+                    self._log(log, row)
+                self._evaluate_and_save(log)
+        finally:
+            bar.close()
+            batches.close()
+            if log is not None:
+                log.close()
+
+    def _evaluate_and_save(self, log: MetricsLog | None) -> None:
+        """What the end of this step is due to bring."""
+        config, last = self.config, self.step == self.config.train.steps
+        if self.valid_windows is not None and (last or _due(self.step, config.train.eval_every)):
+            evaluation = self.evaluate()
+            if log is not None:
+                row = evaluation.to_row()
+                log.row({"step": self.step} | row)
+                log.scalars(self.step, {name.replace("eval_", "eval/", 1): value for name, value in row.items()})
+                tqdm.write(f"step {self.step}: held-out {_describe(evaluation)}")
+        if last or _due(self.step, config.checkpoint.every):
+            self.save()
+
+    def evaluate(self) -> Evaluation:
+        """The loss on data.valid."""
+        windows, mesh, train = self.valid_windows, self.mesh, self.config.train
+        assert windows is not None
+        micro, limit = self.engine.micro_batch, train.eval_batches
+        batches = eval_batches(windows, batch=micro, rank=mesh.dp.rank, ranks=mesh.dp.size, limit=limit)
+        total = -(-len(windows) // (micro * mesh.dp.size))
+        total = min(total, limit) if limit else total
+        return evaluate(self.engine.evaluate_step, batches, mesh, windows.corpus.bytes_per_token, total)
+
+    def save(self) -> None:
+        """Writes OUTPUT/checkpoints/step-N."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.mesh.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.mesh.device)
+        save_checkpoint(
+            self.output / "checkpoints",
+            self.step,
+            axis=self.mesh.dp,
+            fragments=self.engine.fragments(),
+            rng=rng,
+            state={
+                "optimizer_steps": self.engine.optimizer_steps,
+                "position": self.position,
+                "tokens": self.tokens,
+                "train_data": self.train_windows.corpus.fingerprint,
+                "tokenizer": self.tokenizer.fingerprint,
+            },
+            files={"config.toml": self.config.to_toml().encode(), "tokenizer.model": self.tokenizer.model},
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _windows(self, prefix: str) -> TokenWindows:
+        corpus = Corpus.open(prefix, self.tokenizer)
+        data, seq_len = self.config.data, self.config.train.seq_len
+        return TokenWindows(corpus, seq_len, eos=self.tokenizer.eos, mask_documents=data.mask_documents)
+
+    def _find_start(self) -> Checkpoint | None:
+        """The checkpoint to go on from. None: from the beginning."""
+        root = self.output / "checkpoints"
+        if not self.config.checkpoint.resume:
+            busy = self.mesh.dp.gather_objects(self.output.exists() and any(self.output.iterdir()))[0]
+            if busy:
+                raise UserError(f"checkpoint.resume = false needs an empty output, {self.output} is not; name another")
+            return None
+        checkpoint, passed_over = newest_checkpoint(root, self.mesh.dp)
+        for reason in passed_over:
+            self._say(f"passed over {reason}")
+        if checkpoint is not None:
+            self._check_same_run(checkpoint)
+        elif (self.output / "metrics.jsonl").exists():
+            self._say(f"{self.output} has no checkpoint yet: starting again from step 0")
+        return checkpoint
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError when the checkpoint is of another model or another order of the data."""
+        saved, now = stored_config(checkpoint), self.config
+        state, folder = checkpoint.state, checkpoint.folder
+        for key, before, after in [
+            *((f"model.{k}", v, getattr(now.model, k)) for k, v in saved.model),
+            ("train.seq_len", saved.train.seq_len, now.train.seq_len),
+            ("train.seed", saved.train.seed, now.train.seed),
+            ("the tokenizer's hash", state["tokenizer"], self.tokenizer.fingerprint),
+            ("the training corpus's hash", state["train_data"], self.train_windows.corpus.fingerprint),
+        ]:
+            if before != after:
+                raise UserError(
+                    f"{folder} was trained with {key} = {before}, now it is {after}; "
+                    "restore it, or choose another output (and train.init_from to start from these weights)"
+                )
+
+    def _prepare_output(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.toml").write_text(self.config.to_toml())
+        remove_leftovers(self.output / "checkpoints")
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        self.engine.load(checkpoint)
+        self.step, self.position = checkpoint.step, checkpoint.state["position"]
+        self.tokens = checkpoint.state["tokens"]
+        rng = checkpoint.rng(self.mesh.dp.rank)
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and self.mesh.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.mesh.device)
+        self._say(f"resuming from {checkpoint.folder}")
+
+    def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
+        log.row(row)
+        if self.step % self.config.log.every and self.step != self.config.train.steps:
+            return
+        flops = row["tokens_per_s"] * flops_per_token(self.config.model, self.config.train.seq_len)
+        values = {f"train/{key}": row[key] for key in ("loss", "lr", "grad_norm", "tokens_per_s", "data_seconds")}
+        values |= {"train/model_flops_per_s": flops, "train/memory_gib": memory_gib(self.mesh.device)}
+        peak = peak_flops(self.mesh.device)
+        if peak is not None:
+            values["train/mfu"] = flops / (peak * self.mesh.dp.size)
+        values |= {f"sigma/{name}": value for name, value in self.engine.sigmas().items()}
+        log.scalars(self.step, values)
+
+    def _say(self, message: str) -> None:
+        if self.mesh.is_main:
+            tqdm.write(message)
+
+
+def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The config with the model's vocabulary filled in. Raises UserError when it is less than the tokenizer's."""
+    if config.model.vocab_size is None:
+        return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+    if config.model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the tokenizer's; "
+            f"leave it out or use {vocab_size}"
+        )
+    return config
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _describe(evaluation: Evaluation) -> str:
+    text = f"{evaluation.loss:.4f} nats per token"
+    return text if evaluation.bits_per_byte is None else f"{text}, {evaluation.bits_per_byte:.4f} bits per byte"

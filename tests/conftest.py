@@ -1,0 +1,20 @@
+"""Settings that must be in place before torch and transformers are imported; child processes inherit them."""
+
+import os
+import tempfile
+
+from hypothesis import settings
+
+# One thread: sums come out in the same order on every machine, and tests that start two ranks fit on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# An export's modelling file is copied into the Hugging Face cache when it is loaded; a copy from an earlier run, or
+# anything else in the user's cache, must not be what a test sees.
+_hf_home = tempfile.TemporaryDirectory(prefix="megakrause-hf-")
+os.environ["HF_HOME"] = _hf_home.name
+
+# Examples are drawn the same way every time, and the first call of a function may compile it.
+settings.register_profile("megakrause", deadline=None, derandomize=True)
+settings.load_profile("megakrause")
