@@ -197,8 +197,8 @@ def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[Parameter, Tensor, int, 
             for parameter, home in zip(parameters, homes, strict=True):
                 yield parameter, home, 0, 0, home.numel()
         case DeepSpeedZeroOptimizer() | BF16_Optimizer() as optimizer:
-            if getattr(optimizer, "round_robin_gradients", False):  # DeepSpeed's _hp_mapping ignores the new order
-                raise UserError("state cannot be saved with zero_optimization.round_robin_gradients = true; set it false")
+            if getattr(optimizer, "round_robin_gradients", False):  # reorders the parameters, not their _hp_mapping
+                raise UserError("zero_optimization.round_robin_gradients = true mixes up saved parameters; set false")
             groups = "bf16_groups" if isinstance(optimizer, BF16_Optimizer) else "bit16_groups"
             for group, home in zip(_internal(optimizer, groups), homes, strict=True):
                 for parameter in group:

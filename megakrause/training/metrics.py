@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from megakrause.errors import UserError
+
 # Dense bf16 FLOP/s of a device, from the makers' data sheets, by a part of the name that CUDA gives.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 
@@ -19,10 +21,10 @@ class MetricsLog:
 
     def __init__(self, output: Path, start_step: int, tensorboard: bool):
         """Cuts what is there back to `start_step`: a resumed run repeats what came after its checkpoint."""
-        path = output / "metrics.jsonl"
-        if path.exists():
-            _cut(path, start_step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  one line, one write
+        self.path = output / "metrics.jsonl"
+        if self.path.exists():
+            _cut(self.path, start_step)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  one line, one write
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -30,8 +32,11 @@ class MetricsLog:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
 
     def row(self, values: dict[str, Any]) -> None:
-        """Adds one object to metrics.jsonl."""
-        self._file.write(json.dumps(values) + "\n")
+        """Adds one object to metrics.jsonl. Raises UserError when it cannot be written."""
+        try:
+            self._file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are as they were") from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds points to TensorBoard."""

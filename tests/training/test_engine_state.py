@@ -5,6 +5,7 @@ go through all cases and write down what they saw; the tests only judge it.
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+from megakrause.errors import UserError
 
 # precision: "bf16" accumulates gradients in bf16, "bf16+" in fp32, which with ZeRO-1 is another optimizer in DeepSpeed
 CASES = [(stage, "fp32") for stage in range(4)] + [(0, "bf16"), (1, "bf16"), (1, "bf16+"), (2, "bf16+"), (3, "bf16+")]
@@ -52,10 +55,13 @@ KINDS = {name: ("master",) if name == "shift" else ("master", "exp_avg", "exp_av
 
 def work(folder: Path, rank: int, world: int, port: int) -> None:
     import deepspeed
+    import deepspeed.ops
     import torch.distributed as dist
 
     from megakrause.training.engine_state import adam_step, fragments, load_fragments, load_weights, undo_initial_step
 
+    # Spares a build of 50 s, of an op for inference only; killed halfway it would leave a lock that hangs all others.
+    deepspeed.ops.__compatible_ops__ = {}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
     deepspeed.init_distributed("gloo")
@@ -139,6 +145,10 @@ def work(folder: Path, rank: int, world: int, port: int) -> None:
         engine = build(case, seed=4)
         load_fragments(engine, reader("saved", *SOURCE), step=SAVED_AT)
         record("crossed", engine, case, [])
+
+    with pytest.raises(ValueError) as refused:
+        load_weights(engine, lambda name, kind, offset, numel: torch.zeros(numel + 1))
+    (folder / f"refused-world{world}-rank{rank}").write_text(str(refused.value))
     dist.destroy_process_group()
 
 
@@ -276,6 +286,20 @@ def test_any_layout_reads_the_state_of_another_bitwise(folder: Path, case: Case,
         wanted["shift", "master"] = wanted["shift", "master"].bfloat16().float()
     assert_same(assemble(crossed), wanted)
     assert [record["step"] for record in crossed] == [SAVED_AT] * world
+
+
+@each_layout
+def test_what_does_not_fit_is_refused_with_name_and_sizes(folder: Path, world: int) -> None:
+    for rank in range(world):
+        text = (folder / f"refused-world{world}-rank{rank}").read_text()
+        assert re.fullmatch(r"[\w.]+ \(master\): \d+ elements of float32 wanted, \(\d+,\) of torch.float32 read", text)
+
+
+def test_a_deepspeed_without_a_needed_attribute_is_named() -> None:
+    from megakrause.training.engine_state import _internal
+
+    with pytest.raises(UserError, match=r"object\._hp_mapping is missing from DeepSpeed .* was written for DeepSpeed"):
+        _internal(object(), "_hp_mapping")
 
 
 @each_layout

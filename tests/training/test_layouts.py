@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.training.runs import losses, state
 
 SCRIPT = Path(__file__).with_name("layouts.py")

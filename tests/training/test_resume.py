@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.training.runs import kill_when, losses, rows, start, state, train
 
 
@@ -17,9 +18,7 @@ def undisturbed(config: Path, tmp_path: Path) -> Path:
     return output
 
 
-def test_killed_and_resumed_run_is_bitwise_the_undisturbed_one(
-    config: Path, tmp_path: Path, undisturbed: Path
-) -> None:
+def test_killed_and_resumed_run_is_bitwise_the_undisturbed_one(config: Path, tmp_path: Path, undisturbed: Path) -> None:
     killed = tmp_path / "killed"
     arguments = (config, "train.steps=40", "checkpoint.every=20", "train.eval_every=10", f"output={killed}")
     kill_when(start(*arguments), killed / "checkpoints" / "step-20")

@@ -1,0 +1,274 @@
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megakrause.data import sources
+from megakrause.data.prepare import tokenize_corpus
+from megakrause.data.shards import Corpus, verify_corpus
+from megakrause.data.sources import Part, Rejected, cut_parts, find_files, read_part, read_texts
+from megakrause.data.tokenizer import Tokenizer
+from megakrause.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def documents_of(prefix: str | Path, tokenizer: Tokenizer) -> list[str]:
+    """The corpus decoded; every document must end with its separator, and have no other."""
+    corpus = Corpus.open(prefix, tokenizer)
+    bounds = [*corpus.document_starts.tolist(), corpus.num_tokens]
+    result = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        ids = corpus.read(start, stop - start).tolist()
+        assert ids.index(tokenizer.eos) == len(ids) - 1
+        result.append(tokenizer.decode(ids))
+    return result
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of good and bad files: name -> content, in the order of documents."""
+    folder = tmp_path / "texts"
+    (folder / "b" / "skipped").mkdir(parents=True)
+    lines = [
+        b'{"text": "first line"}',
+        b'{"text": "unclosed"',
+        b"",
+        b'{"other": "field"}',
+        b'{"text": 5}',
+        b'["text"]',
+        b'{"text": "not \xff UTF-8"}',
+        b'{"text": "half a pair \\ud800"}',
+        b'{"text": ""}',
+        b"[" * 100_000,
+        '{"text": "last, é\\n\\ttab", "id": 3}\r'.encode(),
+    ]
+    files = {
+        "a.txt": b"plain\r\ntext\n",
+        "b/c.py": b"def f():\n    return 1\n",
+        "b/skipped/d.py": b"no = 1\n",
+        "b/e.dat": b"no",
+        "bad.txt": b"caf\xe9",
+        "empty.txt": b"",
+        "lines.jsonl": b"\n".join(lines),
+        "z.txt": "ende \u2581".encode(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+GOOD = ["plain\r\ntext\n", "def f():\n    return 1\n", "first line", "last, é\n\ttab", "ende \u2581"]
+
+
+def test_good_documents_arrive_and_bad_ones_are_listed(texts: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prefix = tmp_path / "out" / "corpus"
+    summary = tokenize_corpus([str(texts)], tokenizer, prefix, exclude=["skipped"])
+    assert documents_of(prefix, tokenizer) == GOOD
+    assert verify_corpus(prefix, tokenizer)["documents"] == 5
+    assert summary.documents == 5 and summary.empty == 3 and summary.rejected == 8
+    assert summary.tokens == Corpus.open(prefix).num_tokens
+    assert summary.text_bytes == Corpus.open(prefix).num_bytes == sum(len(text.encode()) for text in GOOD)
+    entries = [json.loads(line) for line in summary.quarantine.read_text().splitlines()]
+    listed = [(Path(entry["source"]).name, entry["line"]) for entry in entries]
+    assert listed == [("bad.txt", None), *(("lines.jsonl", line) for line in (2, 4, 5, 6, 7, 8, 10))]
+    for entry, reason in zip(
+        entries,
+        ["can't decode byte 0xe9", "delimiter", "no object with a field 'text'", "is no string but int",
+         "no object", "can't decode byte 0xff", "surrogates not allowed", "recursion"],
+        strict=True,
+    ):  # fmt: skip
+        assert reason in entry["reason"]
+
+
+def test_a_clean_run_removes_the_old_quarantine(texts: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prefix = tmp_path / "corpus"
+    tokenize_corpus([str(texts)], tokenizer, prefix)
+    assert (tmp_path / "corpus.quarantine.jsonl").exists()
+    summary = tokenize_corpus([str(texts / "a.txt")], tokenizer, prefix)
+    assert summary.quarantine is None and not (tmp_path / "corpus.quarantine.jsonl").exists()
+
+
+def test_inputs_are_files_folders_and_globs(texts: Path) -> None:
+    def names(*inputs: str, **options) -> list[str]:
+        return [str(path.relative_to(texts)) for path in find_files([str(texts / name) for name in inputs], **options)]
+
+    everything = ["a.txt", "b/c.py", "b/skipped/d.py", "bad.txt", "empty.txt", "lines.jsonl", "z.txt"]
+    assert names("") == everything
+    assert names("z.txt", "", "a.txt", "*.txt") == everything  # sorted, each once
+    assert names("b/e.dat", "*.txt") == ["a.txt", "b/e.dat", "bad.txt", "empty.txt", "z.txt"]
+    assert names("**/*.py") == ["b/c.py", "b/skipped/d.py"]
+    assert names("b", suffixes=[".dat"]) == ["b/e.dat"]
+    assert names("", exclude=["skipped", "z.txt"]) == [
+        name for name in everything if "skipped" not in name and name != "z.txt"
+    ]
+    for missing in ("nothing.txt", "*.zip", "b/skipped/*.txt"):
+        with pytest.raises(UserError, match="^no input matches [^\n]*$"):
+            names("a.txt", missing)
+
+
+def test_read_texts_passes_over_bad_ones(texts: Path) -> None:
+    assert [text for text in read_texts([str(texts)], exclude=["skipped"]) if text] == GOOD
+
+
+def test_nothing_but_bad_documents_is_refused(texts: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="would be empty"):
+        tokenize_corpus([str(texts / "bad.txt"), str(texts / "empty.txt")], tokenizer, tmp_path / "corpus")
+    assert [path.name for path in tmp_path.glob("corpus*")] == ["corpus.quarantine.jsonl"]
+
+
+def test_documents_that_are_too_long(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("x" * 101)
+    (tmp_path / "b.txt").write_text("y" * 100)
+    (tmp_path / "c.jsonl").write_text('{"text": "z"}\n{"text": "%s"}\n{"text": "zz"}' % ("z" * 200))
+    summary = tokenize_corpus([str(tmp_path)], tokenizer, tmp_path / "corpus", max_document=100)
+    assert documents_of(tmp_path / "corpus", tokenizer) == ["y" * 100, "z", "zz"]
+    entries = [json.loads(line) for line in summary.quarantine.read_text().splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in entries] == [
+        (None, "longer than 100 bytes"),
+        (2, "longer than 100 bytes"),
+    ]
+
+
+@given(
+    lines=st.lists(st.text(alphabet="abé", max_size=30), max_size=12),
+    ends=st.booleans(),
+    chunk=st.integers(1, 80),
+    limit=st.integers(12, 60),
+)
+def test_lines_belong_to_one_part_wherever_it_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines, ends, chunk, limit
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
+    raws = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+    path.write_text("\n".join(raws) + ("\n" if ends and raws else ""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
+        parts = list(cut_parts([path]))
+        items = [item for part in parts for item in read_part(part, "text", limit)]
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    expected = [
+        line if len(raw.encode()) + (number < len(raws) or ends) <= limit else None
+        for number, (line, raw) in enumerate(zip(lines, raws, strict=True), 1)
+    ]
+    assert [None if isinstance(item, Rejected) else item for item in items] == expected
+
+
+def test_line_numbers_go_on_from_part_to_part(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "CHUNK", 64)
+    bad = {7, 8, 30, 99}
+    for name in ("a.jsonl", "b.jsonl"):
+        lines = ["bad" if number in bad else f'{{"text": "line {number}"}}' for number in range(1, 101)]
+        (tmp_path / name).write_text("\n".join(lines))
+    summary = tokenize_corpus([str(tmp_path / "*.jsonl")], tokenizer, tmp_path / "corpus")
+    entries = [json.loads(line) for line in summary.quarantine.read_text().splitlines()]
+    assert [(Path(entry["source"]).name, entry["line"]) for entry in entries] == [
+        (name, line) for name in ("a.jsonl", "b.jsonl") for line in sorted(bad)
+    ]
+    assert summary.documents == 2 * 96
+
+
+def test_a_file_that_disappears_is_listed(tmp_path: Path) -> None:
+    [rejected] = read_part(Part(str(tmp_path / "gone.txt"), 0, 10), "text", 100)
+    assert rejected == Rejected(str(tmp_path / "gone.txt"), None, "No such file or directory")
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Several megabytes in small and large files, so that every worker has several groups to do."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    words = np.array(["self", "return", "x", "=", "0\n", "    ", "def", "é", "\u2581", "中"])
+
+    def text(length: int) -> str:
+        return " ".join(words[random.integers(0, len(words), length)])
+
+    for number in range(300):
+        (folder / f"{number:03d}.txt").write_text(text(int(random.integers(0, 2000))))
+    for name in ("100.jsonl", "200.jsonl"):
+        lines = ["broken" if number % 500 == 7 else json.dumps({"text": text(200)}) for number in range(1500)]
+        (folder / name).write_text("\n".join(lines))
+    return folder
+
+
+def test_the_number_of_workers_changes_no_byte(many: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    results = []
+    for workers in (1, 2, 3):
+        prefix = tmp_path / f"out{workers}" / "corpus"
+        tokenize_corpus([str(many)], tokenizer, prefix, workers=workers, shard_bytes=1 << 20)
+        results.append({path.name: path.read_bytes() for path in prefix.parent.iterdir()})
+    assert results[0] == results[1] == results[2]
+    assert len(results[0]) > 5 and "corpus.quarantine.jsonl" in results[0]
+
+
+SCRIPT = [sys.executable, str(ROOT / "data_prep" / "tokenize_text.py")]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_killed_preparation_leaves_nothing_that_opens(many: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prefix = tmp_path / "corpus"
+    arguments = ["--input", str(many), "--tokenizer", tokenizer.path, "--output", str(prefix), "--workers", "2"]
+    process = subprocess.Popen([*SCRIPT, *arguments], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    written = tmp_path / "corpus-00000.bin.tmp"
+    deadline = time.monotonic() + 60
+    while not (written.exists() and written.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(UserError, match="is unfinished"):
+        Corpus.open(prefix)
+    assert workers and not psutil.wait_procs(workers, timeout=10)[1]
+
+    tokenize_corpus([str(many)], tokenizer, prefix)
+    assert verify_corpus(prefix, tokenizer)["documents"] > 3000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_scripts(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(script: str, *arguments: str) -> tuple[str | int | None, str, str]:
+        """(exit code or message, standard output, standard error)"""
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code = None
+        try:
+            runpy.run_path(str(ROOT / "data_prep" / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    model, prefix = str(tmp_path / "t.model"), str(tmp_path / "corpus")
+    sample = str(ROOT / "megakrause" / "data")
+    code, out, _ = run("train_tokenizer.py", "--input", sample, "--vocab-size", "700", "--output", model)
+    assert code is None and f"{model}: 700 pieces" in out
+    code, out, err = run("tokenize_text.py", "--input", str(texts), "--tokenizer", model, "--output", prefix)
+    assert code is None and f"{prefix}: 6 documents" in out and "8 documents were rejected, see" in err
+    assert len(documents_of(prefix, Tokenizer.load(model))) == 6
+
+    code, _, _ = run("train_tokenizer.py", "--input", "nothing", "--vocab-size", "700", "--output", model)
+    assert isinstance(code, str) and code.startswith("error: no input matches nothing")
+    for script in ("train_tokenizer.py", "tokenize_text.py"):
+        code, out, _ = run(script, "--help")
+        assert code == 0 and "examples:" in out
+
+
+def test_errors_are_one_line_and_exit_code_1() -> None:
+    arguments = ["--input", "x", "--tokenizer", "missing.model", "--output", "y"]
+    failed = subprocess.run([*SCRIPT, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr == "error: cannot read tokenizer missing.model: No such file or directory\n"

@@ -1,0 +1,135 @@
+"""Whatever is wrong ends in one clear line and a non-zero exit, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megakrause.cli import main
+from megakrause.data.prepare import tokenize_corpus
+from megakrause.data.tokenizer import train_tokenizer
+from tests.training.conftest import write_texts
+from tests.training.runs import state
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system of its own, which only root may")
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs `megakrause train`, which must fail with one line; returns it."""
+    capsys.readouterr()
+    assert main(["train", *map(str, arguments)]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.train=/nowhere/corpus", "/nowhere/corpus"),
+        ("data.valid=/nowhere/corpus", "/nowhere/corpus"),
+        ("data.tokenizer=/nowhere/tokenizer.model", "/nowhere/tokenizer.model"),
+        ("train.stepz=3", "'train.stepz'; did you mean 'train.steps'"),
+        ("model.window=0", "model.window = 0 is not allowed: input should be greater than 0"),
+        ("model.top_k=0", "model.top_k = 0 is not allowed: input should be greater than 0"),
+        ("model.vocab_size=100", "model.vocab_size = 100 is less than the tokenizer's"),
+        ("train.micro_batch=3", "train.micro_batch = 3"),
+        ("train.init_from=/nowhere", "/nowhere"),
+        ("train", "'train' is not an override"),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused_before_anything_is_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    assert said in refuse(capsys, config, override)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_sequence_longer_than_learned_positions(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refuse(capsys, config, "model.positions=learned", "model.max_positions=47")
+    assert "train.seq_len = 48" in line and "model.max_positions = 47" in line
+
+
+def test_empty_corpus(config: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = bytearray((corpus / "train.idx").read_bytes()[:34])
+    index[18:34] = (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    (tmp_path / "empty.idx").write_bytes(index + (0).to_bytes(8, "little"))
+    (tmp_path / "empty.bin").write_bytes(b"")
+    assert "empty" in refuse(capsys, config, f"data.train={tmp_path}/empty")
+
+
+def test_shards_of_another_tokenizer(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = write_texts(tmp_path, 40, seed=3)
+    other = train_tokenizer((Path(p).read_text() for p in texts), 310, tmp_path / "other.model")
+    tokenize_corpus(texts, other, tmp_path / "other")
+    line = refuse(capsys, config, f"data.train={tmp_path}/other")
+    assert "tokenizer" in line and str(tmp_path / "other") in line
+
+
+def test_checkpoint_of_another_model_or_order_is_not_resumed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config)]) == 0
+    before = state(tmp_path / "run")
+    for override, said in [
+        ("model.width=64", "model.width = 32, now it is 64"),
+        ("train.seq_len=24", "train.seq_len = 48, now it is 24"),
+        ("train.seed=7", "train.seed = 0, now it is 7"),
+    ]:
+        assert said in refuse(capsys, config, "train.steps=8", override)
+    line = refuse(capsys, config, "model.width=64", f"train.init_from={tmp_path}/run", f"output={tmp_path}/other")
+    assert "another model" in line and "(320, 32)" in line and "(320, 64)" in line
+    assert "needs an empty output" in refuse(capsys, config, "checkpoint.resume=false")
+    after = state(tmp_path / "run")
+    assert all(after[key].equal(before[key]) for key in before)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@needs_root
+def test_full_disk_keeps_the_checkpoint_that_is_there(
+    config: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = small_disk / "run"
+    assert main(["train", str(config), f"output={output}", "log.tensorboard=false"]) == 0
+    before = state(output)
+    line = refuse(capsys, config, f"output={output}", "log.tensorboard=false", "train.steps=12")
+    assert "No space left on device" in line and str(output) in line
+    assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-6"]
+    after = state(output)
+    assert all(after[key].equal(before[key]) for key in before)
+
+
+@needs_root
+def test_read_only_output(config: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    line = refuse(capsys, config, f"output={small_disk}/run")
+    assert str(small_disk) in line and "Read-only file system" in line
+
+
+def test_output_below_a_file(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refuse(capsys, config, f"output={tmp_path}/file/run")
+
+
+def test_no_usable_checkpoint_is_no_fresh_start(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config)]) == 0
+    weights = tmp_path / "run" / "checkpoints" / "step-6" / "rank-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    line = refuse(capsys, config, "train.steps=8")
+    assert "none of the 1 checkpoints" in line and "does not match its checksum" in line and weights.name in line
