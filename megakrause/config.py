@@ -18,7 +18,7 @@ from megakrause.errors import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 AttentionKind = Literal["krause", "softmax"]
@@ -246,7 +246,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> str:
     """One line for the first of pydantic's complaints."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"][:2])  # section and key; pydantic adds which type it tried
     match first["type"]:
         case "value_error":
             return str(first["ctx"]["error"])
@@ -261,12 +261,11 @@ def _explain(error: ValidationError) -> str:
 
 
 def _keys() -> list[str]:
-    """Every legal key, dotted."""
+    """Every legal key, dotted, and every section."""
     keys: list[str] = []
     for name, field in RunConfig.model_fields.items():
+        keys.append(name)
         section = field.annotation
         if isinstance(section, type) and issubclass(section, Section):
             keys += [f"{name}.{key}" for key in section.model_fields]
-        else:
-            keys.append(name)
     return keys

@@ -6,6 +6,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megakrause.batch import TokenBatch
 from megakrause.bench.measure import machine, ratio, table, take_turns
 from megakrause.config import ModelConfig, RunConfig, parse_config
 from megakrause.errors import UserError
-from megakrause.hf.names import to_hugging_face
+from megakrause.hf.names import to_hf
 from megakrause.models.build import build_model, count_parameters
 from megakrause.ops.softmax import causal_mask
 from megakrause.parallel.mesh import Mesh
@@ -40,7 +41,9 @@ def run(lengths: list[int], json_path: Path | None) -> None:
     for length, documents in tqdm(cases, "measuring", unit="case", leave=False):
         rows.append(measure(length, documents, mesh))
     print(table(rows))
-    print("tokens/s: medians. x: medians of ratios, round by round. llama: transformers, sdpa, fused AdamW, same masks.")
+    print(
+        "tokens/s: medians. x: medians of ratios, round by round. llama: transformers, sdpa, fused AdamW, same masks."
+    )
     if json_path is not None:
         json_path.write_text(json.dumps({"machine": machine(), "model": MODEL, "rows": rows}, indent=1))
 
@@ -52,7 +55,7 @@ def measure(length: int, documents: bool, mesh: Mesh) -> dict[str, Any]:
     for attention in ("krause", "softmax"):
         config = make_config(attention, length)
         engine = Engine(build_model(config.model, seed=0), config, mesh)
-        steps[attention] = lambda engine=engine: engine.train_step(batch, LR).loss
+        steps[attention] = partial(_loss_of_step, engine, batch)
     steps["llama"] = llama_step(make_config("softmax", length).model, batch, documents)
     for _ in range(2):  # the same loss before and after an update
         ours, theirs = steps["softmax"](), steps["llama"]()
@@ -60,10 +63,18 @@ def measure(length: int, documents: bool, mesh: Mesh) -> dict[str, Any]:
             raise UserError(f"the softmax twin's loss {ours:.6f} is not the Llama's {theirs:.6f}; nothing was timed")
     seconds = take_turns(steps, rounds=7)
     speed = {f"{name} tok/s": TOKENS / statistics.median(times) for name, times in seconds.items()}
-    return {"T": length, "documents": "yes" if documents else "no"} | speed | {
-        "softmax x llama": round(ratio(seconds["llama"], seconds["softmax"]), 2),
-        "krause x softmax": round(ratio(seconds["softmax"], seconds["krause"]), 2),
-    }
+    return (
+        {"T": length, "documents": "yes" if documents else "no"}
+        | speed
+        | {
+            "softmax x llama": round(ratio(seconds["llama"], seconds["softmax"]), 2),
+            "krause x softmax": round(ratio(seconds["softmax"], seconds["krause"]), 2),
+        }
+    )
+
+
+def _loss_of_step(engine: Engine, batch: TokenBatch) -> float:
+    return engine.train_step(batch, LR).loss
 
 
 def make_config(attention: str, length: int) -> RunConfig:
@@ -107,7 +118,7 @@ def llama_step(config: ModelConfig, batch: TokenBatch, documents: bool) -> Calla
             attn_implementation="sdpa",
         )
     )
-    weights = {to_hugging_face(name): param for name, param in twin.named_parameters()}
+    weights = {to_hf(name): param for name, param in twin.named_parameters()}
     missing = model.load_state_dict(weights, strict=False).missing_keys
     if count_parameters(model) != count_parameters(twin) or set(missing) - {"lm_head.weight"}:
         raise UserError("the Llama is not of the twin's size; nothing was timed")

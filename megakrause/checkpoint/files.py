@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import xxhash
 
@@ -31,15 +30,18 @@ class FileRecord:
 
 def write_bytes(folder: Path, name: str, chunks: Iterator[bytes | memoryview]) -> FileRecord:
     """Writes and flushes one file. The hash is of what was in memory, not of what the disk took. Raises OSError."""
-    digest, size = xxhash.xxh3_128(), 0
-    with open(folder / name, "wb", buffering=0) as file:
-        for chunk in chunks:
-            digest.update(chunk)
-            view = memoryview(chunk).cast("B")
-            size += len(view)
-            while view:  # an unbuffered write may take a part only
-                view = view[file.write(view) :]
-        os.fsync(file.fileno())
+    digest, size, path = xxhash.xxh3_128(), 0, folder / name
+    try:
+        with open(path, "wb", buffering=0) as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                view = memoryview(chunk).cast("B")
+                size += len(view)
+                while view:  # an unbuffered write may take a part only
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+    except OSError as error:  # a failed write does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return FileRecord(name, size, digest.hexdigest())
 
 
@@ -61,7 +63,7 @@ def write_tensors(
         for tensor in tensors.values():
             if tensor.numel():
                 flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                yield memoryview(flat.numpy())
+                yield flat.numpy().data
 
     return write_bytes(folder, name, chunks())
 
@@ -74,10 +76,10 @@ def check_file(folder: Path, record: FileRecord) -> str | None:
         if size != record.size:
             return f"{path} has {size} bytes instead of {record.size}"
         digest = xxhash.xxh3_128()
-        buffer = np.empty(READ_SIZE, dtype=np.uint8)
+        buffer = memoryview(bytearray(READ_SIZE))
         with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(memoryview(buffer)):
-                digest.update(memoryview(buffer)[:count])
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:

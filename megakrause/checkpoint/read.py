@@ -36,16 +36,19 @@ class Checkpoint:
         """Raises UserError when the folder is no whole checkpoint."""
         self.folder = folder
         try:
-            commit = json.loads((folder / "COMMIT.json").read_text())
+            name = "COMMIT.json"
+            commit = json.loads((folder / name).read_text())
             self.files = [FileRecord(**record) for record in commit["files"]]
             if commit["format"] != FORMAT:
                 raise UserError(f"{folder} has format {commit['format']}; this version reads format {FORMAT}")
-            self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-            self.config = (folder / "config.toml").read_text()
+            name = "state.json"
+            self.state: dict[str, Any] = json.loads((folder / name).read_text())
+            name = "config.toml"
+            self.config = (folder / name).read_text()
         except FileNotFoundError as error:
-            raise UserError(f"{folder} is not a checkpoint: {Path(error.filename).name} is missing") from error
+            raise UserError(f"{folder} is not a checkpoint: {name} is missing") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is not a readable checkpoint: {error}") from error
+            raise UserError(f"{folder} is not a readable checkpoint: {name}: {error}") from error
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
         self._open: dict[str, Any] = {}

@@ -35,7 +35,7 @@ def save_checkpoint(
     files: Mapping[str, bytes],
     keep: int,
 ) -> Path:
-    """Writes ROOT/step-N with the parts of all ranks of the axis, then removes all but the `keep` newest.
+    """Writes ROOT/step-N with the parts of all ranks of the axis; of it and earlier ones, the `keep` newest stay.
 
     rng: this rank's generator states, uint8. state: plain values that are the same on every rank. files: more of
     what exists once, by name. Raises UserError on every rank when any of them fails; what was there before stays."""
@@ -57,13 +57,14 @@ def save_checkpoint(
 
     try:
         axis.together(lambda: prepare() if axis.rank == 0 else None)
-        records = sum(axis.gather_objects(axis.together(write)), [])
+        parts: list[list[FileRecord]] = axis.gather_objects(axis.together(write))
+        records = [record for part in parts for record in part]
         axis.together(lambda: _commit(temporary, folder, records) if axis.rank == 0 else None)
     except Exception:
         if axis.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    axis.together(lambda: _retain(root, keep) if axis.rank == 0 else None)
+    axis.together(lambda: _retain(folder, keep) if axis.rank == 0 else None)
     return folder
 
 
@@ -85,13 +86,17 @@ def _commit(temporary: Path, folder: Path, records: list[FileRecord]) -> None:
     write_bytes(temporary, "COMMIT.json", iter([text]))
     flush_folder(temporary)
     if folder.exists():  # of the same step, and passed over on resume because it does not verify
-        folder.rename(folder.with_name(f"{folder.name}.bad.tmp"))
+        bad = folder.with_name(f"{folder.name}.bad.tmp")
+        shutil.rmtree(bad, ignore_errors=True)
+        folder.rename(bad)
     temporary.rename(folder)
     flush_folder(folder.parent)
 
 
-def _retain(root: Path, keep: int) -> None:
-    for old in committed_folders(root)[keep:]:
+def _retain(newest: Path, keep: int) -> None:
+    folders = committed_folders(newest.parent)
+    # Those of later steps were passed over on resume, because they do not verify: they must not push good ones out.
+    for old in folders[folders.index(newest) + keep :]:
         trash = old.with_name(f"{old.name}.old.tmp")  # a half-removed checkpoint must not look like one
         old.rename(trash)
         shutil.rmtree(trash)

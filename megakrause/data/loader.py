@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def train_batches(
     windows: TokenWindows, *, seed: int, global_batch: int, rank: int, ranks: int, start: int, prefetch: int
-) -> Iterator[tuple[TokenBatch, int]]:
+) -> Generator[tuple[TokenBatch, int], None, None]:
     """Endless global batches from position `start` of the order given by `seed`: this rank's rows of each, [b, s] with
     b = global_batch / ranks, and the position after it, from which the next run goes on.
 
@@ -33,7 +33,7 @@ def train_batches(
 
 def _train_batches(
     windows: TokenWindows, seed: int, global_batch: int, rank: int, ranks: int, position: int
-) -> Iterator[tuple[TokenBatch, int]]:
+) -> Generator[tuple[TokenBatch, int], None, None]:
     share = global_batch // ranks
     while True:
         mine = position + rank * share + np.arange(share)
@@ -51,7 +51,7 @@ def eval_batches(windows: TokenWindows, *, batch: int, rank: int, ranks: int, li
         yield windows.batch((number * ranks + rank) * batch + np.arange(batch))
 
 
-def _prefetched(items: Iterator[T], depth: int) -> Iterator[T]:
+def _prefetched(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """The same items, made in a thread up to `depth` ahead. Its exceptions are raised here; closing this ends it."""
     ready: queue.Queue[T | BaseException | None] = queue.Queue(depth)
     closed = threading.Event()

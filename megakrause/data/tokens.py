@@ -75,8 +75,7 @@ class TokenWindows:
         """(window in the batch, position in it from 1 to seq_len) of every document that begins there."""
         bounds = self.corpus.document_starts
         low = np.searchsorted(bounds, starts, "right")
-        high = np.searchsorted(bounds, np.minimum(starts + self.seq_len, self.corpus.num_tokens - 1), "right")
-        counts = np.maximum(high - low, 0)
+        counts = np.searchsorted(bounds, starts + self.seq_len, "right") - low
         row = np.repeat(np.arange(len(starts)), counts)
         document = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + low[row]
         return row, bounds[document] - starts[row]

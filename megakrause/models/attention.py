@@ -68,7 +68,7 @@ class KrauseCore(nn.Module):
             q, k, v, self.log_sigma, window=self.window, top_k=self.top_k, doc_start=sequence.doc_start
         )
 
-    def cache(self) -> KeyValueCache:
+    def new_cache(self) -> KeyValueCache:
         return KeyValueCache(limit=self.window)
 
 
@@ -76,7 +76,7 @@ class SoftmaxCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
         return softmax_attention(q, k, v, sequence.mask(k.shape[1], q.device))
 
-    def cache(self) -> KeyValueCache:
+    def new_cache(self) -> KeyValueCache:
         return KeyValueCache(limit=None)
 
 
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_size = config.heads, config.num_kv_heads, config.head_size
         kind = config.attention_of_layers[layer]
-        self.core = KrauseCore(config) if kind == "krause" else SoftmaxCore()
+        self.core: KrauseCore | SoftmaxCore = KrauseCore(config) if kind == "krause" else SoftmaxCore()
         self.query = linear(config.width, self.heads * self.head_size, config.init_std, bias=config.qkv_bias)
         self.key = linear(config.width, self.kv_heads * self.head_size, config.init_std, bias=config.qkv_bias)
         self.value = linear(config.width, self.kv_heads * self.head_size, config.init_std, bias=config.qkv_bias)

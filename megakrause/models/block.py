@@ -47,3 +47,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, sequence: Sequence, cache: KeyValueCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), sequence, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+    def new_cache(self) -> KeyValueCache:
+        return self.attention.core.new_cache()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+P = TypeVar("P", bound=Tensor)
 
-def normal(param: nn.Parameter, std: float) -> nn.Parameter:
+
+def normal(param: P, std: float) -> P:
     """Marks a parameter to be drawn from N(0, std^2)."""
     param.initial_std = std  # type: ignore[attr-defined]
     return param
 
 
-def constant(param: nn.Parameter, value: float) -> nn.Parameter:
+def constant(param: P, value: float) -> P:
     """Marks a parameter to be filled with one value."""
     param.initial_value = value  # type: ignore[attr-defined]
     return param

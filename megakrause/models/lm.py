@@ -87,4 +87,4 @@ class LanguageModel(nn.Module):
 
     def new_cache(self) -> ModelCache:
         """An empty cache: `window` entries for a Krause layer, as many as there are positions for a softmax layer."""
-        return ModelCache([block.attention.core.cache() for block in self.blocks])  # type: ignore[union-attr]
+        return ModelCache([block.new_cache() for block in self.blocks])  # type: ignore[operator]

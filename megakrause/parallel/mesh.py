@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megakrause.errors import UserError, explain_os_error
 
@@ -82,5 +83,5 @@ class Mesh:
                 dist.init_process_group(backend, rank=rank, world_size=size)
             else:  # alone: no address and no port that another job could hold
                 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return Mesh(dp=Axis(rank, size, dist.group.WORLD), device=device)

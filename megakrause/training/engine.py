@@ -33,8 +33,8 @@ class Engine:
     """A model in training on this process's share of the mesh."""
 
     def __init__(self, model: LanguageModel, config: RunConfig, mesh: Mesh):
-        prepare_extensions()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        prepare_extensions()
         import deepspeed
 
         from megakrause.training import engine_state
@@ -44,6 +44,9 @@ class Engine:
         # DeepSpeed neither measures nor clips the plain gradients of fp32 without ZeRO, so that is done here.
         self._plain = config.parallel.zero == 0 and config.train.precision == "fp32"
         self.clip = config.optim.clip
+        # Its stage 0 would accumulate bf16 gradients in bf16; stage 1 gives the same numbers as a true stage 0.
+        bf16 = config.train.precision == "bf16"
+        stage = max(1, config.parallel.zero) if bf16 else config.parallel.zero
         model.to(mesh.device)
         deepspeed.init_distributed(verbose=False)
         self._engine: Any
@@ -55,13 +58,14 @@ class Engine:
                 "train_micro_batch_size_per_gpu": self.micro_batch,
                 "gradient_accumulation_steps": self.accumulation,
                 "gradient_clipping": 0.0 if self._plain else self.clip,
-                "zero_optimization": {"stage": config.parallel.zero},
-                "bf16": {"enabled": config.train.precision == "bf16"},
+                "zero_optimization": {"stage": stage},
+                "bf16": {"enabled": bf16},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
                 "steps_per_print": 2**31 - 1,
             },
         )
         self._state = engine_state
-        engine_state.undo_initial_step(self._engine)
 
     def train_step(self, batch: TokenBatch, lr: float) -> StepResult:
         """One optimizer step on this rank's rows of the global batch. The loss is the mean over the tokens of all ranks
@@ -73,19 +77,19 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        norm = None
+        norm, applied = None, True
         for micro in range(self.accumulation):
             rows = batch[micro * self.micro_batch : (micro + 1) * self.micro_batch].to(self.mesh.device)
             loss = self._loss_sum(rows)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
             if self._plain and micro == self.accumulation - 1:
-                norm = self._clip_plain_gradients()
+                norm, applied = self._clip_plain_gradients()
             self._engine.step()
         if norm is None:
-            norm = float(self._engine.get_global_grad_norm())
+            norm, applied = float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
         mean = float(self.mesh.dp.sum(total)) / max(1, int(tokens))
-        return StepResult(mean, norm, int(tokens), self._engine.was_step_applied())
+        return StepResult(mean, norm, int(tokens), applied)
 
     @torch.no_grad()
     def evaluate_step(self, batch: TokenBatch) -> tuple[float, int]:
@@ -98,12 +102,17 @@ class Engine:
         logits = self._engine(batch.tokens, batch.doc_start)
         return cross_entropy_sum(logits, batch.targets, batch.loss_mask)
 
-    def _clip_plain_gradients(self) -> float:
+    def _clip_plain_gradients(self) -> tuple[float, bool]:
+        """The norm before clipping, and whether it is finite; if not, the gradients are dropped, so that the step does
+        nothing."""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            self._engine.zero_grad()
+            return float(norm), False
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), self.clip, norm)
-        return float(norm)
+        return float(norm), True
 
     def sigmas(self) -> dict[str, float]:
         """The mean kernel width of every Krause layer, by parameter name; empty where weights are partitioned."""

@@ -6,7 +6,6 @@ AdamW it was given. `home` is the tensor that AdamW steps, and by which it keys 
 
     ZeRO  precision  DeepSpeed's wrapper            home, on each data-parallel rank
     0     fp32       none                           the parameter itself
-    0     bf16       FP16_UnfusedOptimizer          an fp32 copy of the parameter
     1, 2  any        DeepSpeedZeroOptimizer         an equal part of a whole parameter group, flattened and padded
     1     bf16       BF16_Optimizer                 the same (chosen when gradients accumulate in fp32)
     3     any        DeepSpeedZeroOptimizer_Stage3  an equal part of each flattened and padded parameter, concatenated
@@ -26,7 +25,6 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -81,20 +79,6 @@ def adam_step(engine: DeepSpeedEngine) -> int:
     if len(steps) > 1:
         raise RuntimeError(f"Adam's step count differs between the tensors it steps: {sorted(steps)}")
     return steps.pop() if steps else 0
-
-
-@torch.no_grad()
-def undo_initial_step(engine: DeepSpeedEngine) -> None:
-    """Take back the step that DeepSpeed makes when it wraps Adam in FP16_UnfusedOptimizer (ZeRO-0 with bf16).
-
-    To allocate Adam's state it steps once with zero gradients, which leaves the step count at 1, so that each bias
-    correction to come is one step off, and lets weight decay pull the masters away from the live weights. Call this
-    once, directly after deepspeed.initialize; with any other wrapper it does nothing.
-    """
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        _adam(engine).state.clear()
-        for piece in _pieces(engine):
-            piece.values.copy_(piece.parameter.view(-1))
 
 
 @torch.no_grad()
@@ -192,10 +176,6 @@ def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[Parameter, Tensor, int, 
         case torch.optim.Optimizer():
             for parameter in homes:
                 yield parameter, parameter, 0, 0, parameter.numel()
-        case FP16_UnfusedOptimizer() as optimizer:
-            parameters = (parameter for group in _internal(optimizer, "fp16_groups") for parameter in group)
-            for parameter, home in zip(parameters, homes, strict=True):
-                yield parameter, home, 0, 0, home.numel()
         case DeepSpeedZeroOptimizer() | BF16_Optimizer() as optimizer:
             if getattr(optimizer, "round_robin_gradients", False):  # reorders the parameters, not their _hp_mapping
                 raise UserError("zero_optimization.round_robin_gradients = true mixes up saved parameters; set false")
