@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="megakrause", description="Pretraining with Krause attention: train, evaluate, generate, convert, measure."
     )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_bench):
         add(commands)
@@ -73,7 +74,6 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="config keys to change; `none` leaves one out"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

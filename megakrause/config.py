@@ -131,7 +131,7 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations on data.valid; 0: only at the end")
-    eval_batches: int = Field(default=0, ge=0, description="micro-batches per rank and evaluation; 0: the whole corpus")
+    eval_sequences: int = Field(default=0, ge=0, description="of data.valid that are evaluated; 0: all")
     init_from: str | None = Field(default=None, description="checkpoint whose weights (alone) the run starts from")
 
 
@@ -169,10 +169,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.seq_len = {self.train.seq_len} is longer than the learned positions allow; "
                 f"use at most model.max_positions = {limit}"
-            )
-        if self.optim.warmup > self.train.steps:
-            raise ValueError(
-                f"optim.warmup = {self.optim.warmup} is longer than train.steps = {self.train.steps}; it must not be"
             )
         if self.train.eval_every and self.data.valid is None:
             raise ValueError(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def report_sample(checkpoint: Checkpoint, exported: Path) -> None:
     tokenizer = Tokenizer.load(stored_tokenizer(checkpoint))
     prompt = [tokenizer.eos, *tokenizer.encode(PROMPT)]
     ours = list(generate_tokens(load_model(checkpoint), prompt, NEW_TOKENS, temperature=0.0))
-    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
     ids = torch.tensor([prompt])
     theirs = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, max_new_tokens=NEW_TOKENS

@@ -7,7 +7,7 @@ import torch
 from megakrause.batch import TokenBatch
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
 from megakrause.checkpoint.read import ALONE, find_checkpoint
-from megakrause.data.loader import eval_batches
+from megakrause.data.loader import eval_batches, num_eval_batches
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
@@ -38,4 +38,5 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
         return float(cross_entropy_sum(logits, batch.targets, batch.loss_mask)), int(batch.loss_mask.sum())
 
     batches = eval_batches(windows, batch=batch, rank=0, ranks=1, limit=0)
-    return evaluate(loss_sum, batches, Mesh(ALONE, device), corpus.bytes_per_token, -(-len(windows) // batch))
+    total = num_eval_batches(windows, batch=batch, ranks=1, limit=0)
+    return evaluate(loss_sum, batches, Mesh(ALONE, device), corpus.bytes_per_token, total)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megakrause.batch import TokenBatch
 from megakrause.bench.measure import machine, ratio, table, take_turns
@@ -104,7 +104,7 @@ def make_batch(length: int, documents: bool) -> TokenBatch:
 def llama_step(config: ModelConfig, batch: TokenBatch, documents: bool) -> Callable[[], float]:
     """A plain training loop around a Llama with the twin's own weights."""
     twin = build_model(config, seed=0)
-    model = LlamaForCausalLM(
+    model = AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=config.width,
@@ -115,8 +115,8 @@ def llama_step(config: ModelConfig, batch: TokenBatch, documents: bool) -> Calla
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tie_embeddings,
             max_position_embeddings=batch.tokens.shape[1],
-            attn_implementation="sdpa",
-        )
+        ),
+        attn_implementation="sdpa",
     )
     weights = {to_hf(name): param for name, param in twin.named_parameters()}
     missing = model.load_state_dict(weights, strict=False).missing_keys

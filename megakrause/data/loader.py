@@ -42,13 +42,19 @@ def _train_batches(
 
 
 def eval_batches(windows: TokenWindows, *, batch: int, rank: int, ranks: int, limit: int) -> Iterator[TokenBatch]:
-    """This rank's batches [batch, s] of one pass over all windows in order, at most `limit` of them (0: no limit).
+    """This rank's batches [batch, s] of one pass over the first `limit` windows in order (0: all).
 
     Every window stands on one rank in one batch. All ranks have equally many batches; rows beyond the last window are
     all padding, with loss_mask False."""
-    count = -(-len(windows) // (batch * ranks))
-    for number in range(min(count, limit) if limit else count):
-        yield windows.batch((number * ranks + rank) * batch + np.arange(batch))
+    windows_wanted = min(len(windows), limit) if limit else len(windows)
+    for number in range(num_eval_batches(windows, batch=batch, ranks=ranks, limit=limit)):
+        indices = (number * ranks + rank) * batch + np.arange(batch)
+        yield windows.batch(np.where(indices < windows_wanted, indices, len(windows)))
+
+
+def num_eval_batches(windows: TokenWindows, *, batch: int, ranks: int, limit: int) -> int:
+    """How many batches `eval_batches` yields on each rank."""
+    return -(-(min(len(windows), limit) if limit else len(windows)) // (batch * ranks))
 
 
 def _prefetched(items: Iterator[T], depth: int) -> Generator[T, None, None]:

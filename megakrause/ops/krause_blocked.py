@@ -71,7 +71,7 @@ class _KrauseBlocked(torch.autograd.Function):
         cut = None if top_k is None or top_k >= window else torch.empty_like(out[..., :1])
         for part in units.parts():
             z = scores.of(qu, ku, part)
-            if cut is not None:
+            if cut is not None and top_k is not None:
                 cut[part] = z.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
             p = scores.weights(z, cut, part)
             if dropout > 0:

@@ -34,7 +34,7 @@ def evaluate(
     """The mean loss over all ranks' batches. loss_sum: (sum of nats, tokens) of one batch. total: batches to come,
     for the progress bar."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in tqdm(batches, "evaluating", total, unit="batch", leave=False, disable=not mesh.is_main):
+    for batch in tqdm(batches, "evaluating", total, unit="batch", leave=False, disable=None if mesh.is_main else True):
         sums += torch.tensor(loss_sum(batch), dtype=torch.float64)
     nats, tokens = mesh.dp.sum(sums.to(mesh.device)).tolist()
     loss = nats / max(tokens, 1)

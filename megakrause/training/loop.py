@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megakrause.checkpoint.model import check_shapes, stored_config
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
 from megakrause.checkpoint.write import remove_leftovers, save_checkpoint
 from megakrause.config import RunConfig
-from megakrause.data.loader import eval_batches, train_batches
+from megakrause.data.loader import eval_batches, num_eval_batches, train_batches
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
@@ -82,7 +83,14 @@ class Trainer:
             start=self.position,
             prefetch=config.data.prefetch,
         )
-        bar = tqdm(total=steps, initial=self.step, desc="training", unit="step", disable=not mesh.is_main)
+        bar = tqdm(
+            total=steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not mesh.is_main,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a file keeps every line
+        )
         try:
             while self.step < steps:
                 began = time.perf_counter()
@@ -126,10 +134,8 @@ class Trainer:
         """The loss on data.valid."""
         windows, mesh, train = self.valid_windows, self.mesh, self.config.train
         assert windows is not None
-        micro, limit = self.engine.micro_batch, train.eval_batches
-        batches = eval_batches(windows, batch=micro, rank=mesh.dp.rank, ranks=mesh.dp.size, limit=limit)
-        total = -(-len(windows) // (micro * mesh.dp.size))
-        total = min(total, limit) if limit else total
+        share = {"batch": self.engine.micro_batch, "ranks": mesh.dp.size, "limit": train.eval_sequences}
+        batches, total = eval_batches(windows, rank=mesh.dp.rank, **share), num_eval_batches(windows, **share)
         return evaluate(self.engine.evaluate_step, batches, mesh, windows.corpus.bytes_per_token, total)
 
     def save(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megakrause.batch import TokenBatch
-from megakrause.data.loader import eval_batches, train_batches
+from megakrause.data.loader import eval_batches, num_eval_batches, train_batches
 from megakrause.data.order import samples_at
 from megakrause.data.shards import Corpus
 from megakrause.data.tokens import TokenWindows
@@ -157,8 +157,25 @@ def test_evaluation_sees_every_window_once(windows: TokenWindows, ranks: int, ba
     assert sorted(together.tokens[real].tolist()) == sorted(expected.tokens.tolist())
 
 
-def test_evaluation_can_be_limited(windows: TokenWindows) -> None:
-    batches = list(eval_batches(windows, batch=4, rank=1, ranks=2, limit=2))
-    assert len(batches) == 2
-    assert equal(batches[1], windows.batch(range(12, 16)))
-    assert len(list(eval_batches(windows, batch=4, rank=1, ranks=2, limit=99))) == 3
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 4), (2, 4), (2, 1), (4, 2)])
+def test_evaluation_can_be_limited_to_the_same_sequences_for_every_layout(
+    windows: TokenWindows, ranks: int, batch: int
+) -> None:
+    limit = 5
+    per_rank = [list(eval_batches(windows, batch=batch, rank=r, ranks=ranks, limit=limit)) for r in range(ranks)]
+    assert {len(batches) for batches in per_rank} == {num_eval_batches(windows, batch=batch, ranks=ranks, limit=limit)}
+    rows = [
+        row
+        for batches in zip(*per_rank, strict=True)
+        for b in batches
+        for row in range(batch)
+        if b.loss_mask[row].any()
+    ]
+    assert len(rows) == limit
+    targets = sum(int(b.loss_mask.sum()) for batches in per_rank for b in batches)
+    assert targets == int(windows.batch(range(limit)).loss_mask.sum())
+
+
+def test_evaluation_limited_beyond_the_corpus_takes_all_of_it(windows: TokenWindows) -> None:
+    batches = eval_batches(windows, batch=4, rank=0, ranks=1, limit=10**6)
+    assert sum(int(b.loss_mask.sum()) for b in batches) == int(windows.batch(range(len(windows))).loss_mask.sum())

@@ -1,0 +1,191 @@
+"""Writes a checkpoint as a Hugging Face folder.
+
+OUT/
+    config.json  generation_config.json    softmax layers with rotary positions are a Llama, with biases a Qwen2;
+    modeling_megakrause.py                 any other model brings this file and loads with trust_remote_code=True
+    model.safetensors                      or model-0000x-of-0000y.safetensors and model.safetensors.index.json
+    tokenizer.json  tokenizer_config.json
+    megakrause_export.json                 last: marks the folder as an export, complete and compared
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from megakrause.checkpoint.files import flush_folder, write_tensors
+from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
+from megakrause.checkpoint.read import Checkpoint, find_checkpoint
+from megakrause.config import ModelConfig, RunConfig
+from megakrause.errors import UserError
+from megakrause.hf import modeling_megakrause
+from megakrause.hf.modeling_megakrause import MegakrauseConfig
+from megakrause.hf.names import to_hf
+from megakrause.hf.tokenizer import write_tokenizer
+
+MARKER = "megakrause_export.json"
+MODELING = "modeling_megakrause"
+SHARD_SIZE = 5 * 10**9  # bytes
+# A Krause layer looks back a window, however long the text is. What limits the length then is float32: rotation angles
+# at position 2^17 are 2^-7 apart.
+LONGEST = 2**17
+
+
+def export(checkpoint: str, out: Path) -> float:
+    """Writes OUT, reloads it with transformers and compares the logits with our own model's.
+
+    Returns the largest absolute difference. OUT appears whole and compared, or not at all; an earlier export is
+    replaced. Raises UserError when OUT is anything else, when there is no sound checkpoint, when its tokenizer has no
+    exact form in Hugging Face's format, or when the logits differ."""
+    source = find_checkpoint(checkpoint)
+    out = out.resolve()
+    if out.exists() and not (out / MARKER).is_file():
+        raise UserError(f"{out} exists and is no earlier export; remove it or name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        _write(source, folder)
+        difference = _compare(source, folder)
+        marker = {"format": 1, "step": source.step, "max_logit_difference": difference}
+        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        flush_folder(folder)
+        if out.exists():
+            out.rename(Path(temporary) / "earlier")
+        folder.rename(out)
+        flush_folder(out.parent)
+    return difference
+
+
+def _write(source: Checkpoint, folder: Path) -> None:
+    config = stored_config(source)
+    limit = max_length(config)
+    special_ids = write_tokenizer(stored_tokenizer(source), folder, limit)
+    theirs = hf_config(config.model, limit, special_ids)
+    theirs.save_pretrained(folder)
+    GenerationConfig(do_sample=False, **special_ids).save_pretrained(folder)
+    if isinstance(theirs, MegakrauseConfig):
+        shutil.copyfile(modeling_megakrause.__file__, folder / f"{MODELING}.py")
+    _write_weights(source, folder)
+
+
+def max_length(config: RunConfig) -> int:
+    """Tokens that the model can read at once: its table of positions, or what its softmax layers were trained on."""
+    if config.model.positions == "learned":
+        assert config.model.max_positions is not None
+        return config.model.max_positions
+    return config.train.seq_len if "softmax" in config.model.attention_of_layers else LONGEST
+
+
+def hf_config(model: ModelConfig, max_length: int, special_ids: dict[str, int]) -> PretrainedConfig:
+    """The config of the transformers model that computes the same: Llama or Qwen2 where they can, else our own.
+
+    Biases make it a Qwen2, which has them where qkv_bias has them; Llama's attention_bias adds one to the output
+    projection. special_ids: bos_token_id and so on."""
+    common: dict[str, Any] = special_ids | {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.mlp_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "max_position_embeddings": max_length,
+        "rms_norm_eps": model.norm_eps,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "dtype": "float32",
+    }
+    plain = model.positions == "rope" and "krause" not in model.attention_of_layers
+    if plain and model.width % model.heads == 0:  # which Llama insists on, whatever head_dim is
+        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+        if model.qkv_bias:
+            return Qwen2Config(**common, rope_parameters=rope, architectures=["Qwen2ForCausalLM"])
+        return LlamaConfig(**common, rope_parameters=rope, architectures=["LlamaForCausalLM"])
+    return MegakrauseConfig(
+        **common,
+        attention=model.attention_of_layers,
+        krause_window=model.window,
+        krause_top_k=model.top_k,
+        krause_sigma=model.sigma,
+        qkv_bias=model.qkv_bias,
+        learned_positions=model.positions == "learned",
+        rope_theta=model.rope_theta,
+        architectures=["MegakrauseForCausalLM"],
+        auto_map={
+            "AutoConfig": f"{MODELING}.MegakrauseConfig",
+            "AutoModelForCausalLM": f"{MODELING}.MegakrauseForCausalLM",
+        },
+    )
+
+
+def _write_weights(source: Checkpoint, folder: Path) -> None:
+    """float32, one shard in memory at a time. A tied output projection is not stored: the config says it is tied."""
+    sizes = {name: 4 * math.prod(shape) for name, shape in source.shapes.items()}
+    shards = _shards(sizes)
+    files: dict[str, str] = {}
+    with tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True) as progress:
+        for i, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            write_tensors(folder, file, {to_hf(name): source.weights(name) for name in names}, {"format": "pt"})
+            files |= {to_hf(name): file for name in names}
+            progress.update(sum(sizes[name] for name in names))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in order, in groups of at most SHARD_SIZE bytes; a larger one is alone."""
+    shards: list[list[str]] = [[]]
+    room = SHARD_SIZE
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD_SIZE
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+@torch.no_grad()
+def _compare(source: Checkpoint, folder: Path) -> float:
+    """The largest absolute difference of logits, on random tokens that reach beyond two windows.
+
+    In float64: the choice of the top_k keys is discontinuous, and where two keys are as near as float32 can tell, the
+    same sums in another order keep another key. Our modelling file does our model's arithmetic, and may differ by less
+    than the largest logit's last bit in float32. Llama and Qwen2 take norms in float32 and round the frequencies of
+    rotation otherwise: they may differ by 4 times what that does to our own model."""
+    model = load_model(source)
+    config = model.config
+    length = max(64, 2 * (config.window or 0) + 2)
+    if config.positions == "learned":
+        length = min(length, config.max_positions or length)
+    tokens = torch.randint(config.vocab_size or 0, (1, length), generator=torch.Generator().manual_seed(0))
+    eps = torch.finfo(torch.float32).eps
+    model.config = config.model_copy(update={"rope_theta": config.rope_theta * (1 + eps)})
+    rounded: Tensor = model(tokens)
+    model.config = config
+    expected: Tensor = model.double()(tokens)
+    del model
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    difference = float((reloaded(tokens).logits - expected).abs().max())
+    if isinstance(reloaded.config, LlamaConfig | Qwen2Config):
+        tolerance = 4 * float((rounded - expected).abs().max())
+    else:
+        tolerance = eps * float(expected.abs().max())
+    if not difference <= tolerance:  # nor if it is NaN
+        raise UserError(
+            f"{source.folder}: logits of the reloaded export differ by {difference:.1e}, more than the {tolerance:.1e} "
+            "that rounding explains; nothing was written"
+        )
+    return difference

@@ -1,0 +1,51 @@
+"""The names of parameters, ours and Hugging Face's, both ways. Theirs are Llama's wherever it has the parameter."""
+
+from __future__ import annotations
+
+import re
+
+from megakrause.errors import UserError
+
+# Of the whole model.
+_OUTER = {
+    "embedding.tokens.weight": "model.embed_tokens.weight",
+    "embedding.positions.weight": "model.embed_positions.weight",
+    "head.norm.weight": "model.norm.weight",
+    "head.output.weight": "lm_head.weight",
+}
+# Of block N: ours stand behind `blocks.N.`, theirs behind `model.layers.N.`.
+_INNER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.query.bias": "self_attn.q_proj.bias",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.key.bias": "self_attn.k_proj.bias",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.value.bias": "self_attn.v_proj.bias",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "attention.core.log_sigma": "self_attn.log_sigma",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+
+
+def to_hf(name: str) -> str:
+    """Hugging Face's name of a parameter of `LanguageModel`. Raises UserError for a name that has none."""
+    return _translate(name, "blocks", "model.layers", _OUTER, _INNER)
+
+
+def from_hf(name: str) -> str:
+    """The name in `LanguageModel` of a parameter of Hugging Face's. Raises UserError for a name that has none."""
+    outer, inner = ({theirs: ours for ours, theirs in table.items()} for table in (_OUTER, _INNER))
+    return _translate(name, "model.layers", "blocks", outer, inner)
+
+
+def _translate(name: str, prefix: str, new_prefix: str, outer: dict[str, str], inner: dict[str, str]) -> str:
+    if name in outer:
+        return outer[name]
+    block = re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.(.+)", name)
+    if block is None or block[2] not in inner:
+        raise UserError(f"parameter {name} has no counterpart; it is of another kind of model")
+    return f"{new_prefix}.{block[1]}.{inner[block[2]]}"
