@@ -18,7 +18,7 @@ from megakrause.errors import UserError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 AttentionKind = Literal["krause", "softmax"]
@@ -234,9 +234,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree.pop(last, None)
         return
     try:
-        tree[last] = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}") if "\n" not in text else {}
     except tomllib.TOMLDecodeError:
-        tree[last] = text
+        value = {}
+    tree[last] = value["value"] if isinstance(value.get("value"), int | float | str | list) else text
 
 
 def _explain(error: ValidationError) -> str:

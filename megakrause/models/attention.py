@@ -34,8 +34,10 @@ class KeyValueCache:
         """Adds [b, s, h_kv, d]; returns the keys and values that the new positions attend over, [b, s_k, h_kv, d]."""
         if self.k is not None and self.v is not None:
             k, v = torch.cat([self.k, k], dim=1), torch.cat([self.v, v], dim=1)
-        kept = slice(None) if self.limit is None else slice(-self.limit, None)
-        self.k, self.v = k[:, kept], v[:, kept]
+        if self.limit is None or k.shape[1] <= self.limit:
+            self.k, self.v = k, v
+        else:  # copies, so that what is left out is freed
+            self.k, self.v = k[:, -self.limit :].clone(), v[:, -self.limit :].clone()
         return k, v
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,18 +56,15 @@ def krause_attention(
         raise ValueError(f"backend = {backend!r}; use one of {', '.join(BACKENDS)}")
     if backend == "blocked" and grid is not None:
         raise ValueError("backend = 'blocked' takes a window, no grid; use 'reference' or 'auto'")
-    # One query against a window of keys is a single dense row: chunks would only add padding.
-    if backend == "reference" or grid is not None or (backend == "auto" and q.shape[1] == 1):
-        if window is not None:
-            k, v, doc_start = _last_keys(q, k, v, doc_start, window)
-        return krause_reference(
-            q, k, v, log_sigma, window=window, grid=grid, top_k=top_k, doc_start=doc_start, dropout=dropout, seed=seed
-        )
-    assert window is not None
-    k, v, doc_start = _last_keys(q, k, v, doc_start, window)
-    return krause_blocked(
-        q, k, v, log_sigma, window=window, top_k=top_k, doc_start=doc_start, dropout=dropout, seed=seed
-    )
+    if window is not None:
+        k, v, doc_start = _last_keys(q, k, v, doc_start, window)
+    options: dict[str, Any] = {"top_k": top_k, "doc_start": doc_start, "dropout": dropout, "seed": seed}
+    with torch.autocast(q.device.type, enabled=False):  # it would compare z in bfloat16
+        # One query against a window of keys is a single dense row: blocks would only add padding.
+        if grid is not None or backend == "reference" or (backend == "auto" and q.shape[1] == 1):
+            return krause_reference(q, k, v, log_sigma, window=window, grid=grid, **options)
+        assert window is not None
+        return krause_blocked(q, k, v, log_sigma, window=window, **options)
 
 
 def _last_keys(

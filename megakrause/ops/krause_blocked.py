@@ -3,7 +3,8 @@ fallback elsewhere. Definition: `ops/krause.py`.
 
 Positions are cut into blocks of C. Block n of queries meets the keys of blocks n - P/C .. n, where P is window - 1
 rounded up to whole blocks: one batched matrix product over an overlapping view of the keys, no copy. All sequences and
-heads lie one behind the other in that view, so the first blocks of one meet the last keys of another until masked.
+heads lie one behind the other in that view, so the first blocks of one meet the last keys of another before these are
+masked: a value that is not finite can reach its neighbour, any other cannot.
 
 Queries carry an extra 1 and keys an extra -|k|^2 / 2, so that z is one product, and the products of the backward pass
 also yield the row and column sums of dS that the gradients of k and log_sigma need. The backward pass recomputes z by

@@ -645,3 +645,12 @@ def test_arguments_that_do_not_fit_are_named(changes: dict[str, Any], says: str)
 def test_grids_that_cannot_be_are_named(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Grid(**({"height": 2, "width": 3} | changes))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_autocast_does_not_lower_the_precision_of_float32_inputs(backend: str) -> None:
+    q, k, v = (torch.randn(1, 40, 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    log_sigma = torch.zeros(2)
+    expected = krause_attention(q, k, v, log_sigma, window=8, top_k=3, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(krause_attention(q, k, v, log_sigma, window=8, top_k=3, backend=backend), expected)
