@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,15 @@ class TokenBatch:
     tokens: Tensor  # int64 [b, s]   inputs
     targets: Tensor  # int64 [b, s]   the token after each input
     loss_mask: Tensor  # bool [b, s]   False where the target is not to be learnt (a document nothing announces)
-    doc_start: Tensor  # int32 [b, s]   position, in its sequence, of the first token that each token may see
+    doc_start: Tensor | None  # int32 [b, s]   position of the first token that each may see; None: all before
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(
-            *(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.loss_mask, self.doc_start))
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def __getitem__(self, rows: slice) -> TokenBatch:
         """Some of the sequences."""
-        return TokenBatch(self.tokens[rows], self.targets[rows], self.loss_mask[rows], self.doc_start[rows])
+        return self._map(lambda tensor: tensor[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        doc_start = None if self.doc_start is None else change(self.doc_start)
+        return TokenBatch(change(self.tokens), change(self.targets), change(self.loss_mask), doc_start)

@@ -42,7 +42,7 @@ def run(lengths: list[int], json_path: Path | None) -> None:
         rows.append(measure(length, documents, mesh))
     print(table(rows))
     print(
-        "tokens/s: medians. x: medians of ratios, round by round. llama: transformers, sdpa, fused AdamW, same masks."
+        "tokens/s: medians. /: medians of ratios, round by round. llama: transformers, sdpa, fused AdamW, same masks."
     )
     if json_path is not None:
         json_path.write_text(json.dumps({"machine": machine(), "model": MODEL, "rows": rows}, indent=1))
@@ -67,8 +67,8 @@ def measure(length: int, documents: bool, mesh: Mesh) -> dict[str, Any]:
         {"T": length, "documents": "yes" if documents else "no"}
         | speed
         | {
-            "softmax x llama": round(ratio(seconds["llama"], seconds["softmax"]), 2),
-            "krause x softmax": round(ratio(seconds["softmax"], seconds["krause"]), 2),
+            "softmax / llama": ratio(seconds["llama"], seconds["softmax"]),
+            "krause / softmax": ratio(seconds["softmax"], seconds["krause"]),
         }
     )
 
@@ -95,9 +95,10 @@ def make_batch(length: int, documents: bool) -> TokenBatch:
     generator = torch.Generator().manual_seed(0)
     sequences = max(1, TOKENS // length)
     tokens = torch.randint(VOCABULARY, (sequences, length + 1), generator=generator)
-    starts = torch.rand(sequences, length, generator=generator) < 1 / DOCUMENT
-    positions = torch.where(starts, torch.arange(length), 0) if documents else torch.zeros(sequences, length)
-    doc_start = positions.cummax(dim=1).values.int()
+    doc_start = None
+    if documents:
+        starts = torch.rand(sequences, length, generator=generator) < 1 / DOCUMENT
+        doc_start = torch.where(starts, torch.arange(length), 0).cummax(dim=1).values.int()
     return TokenBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(sequences, length, dtype=torch.bool), doc_start)
 
 
@@ -124,7 +125,7 @@ def llama_step(config: ModelConfig, batch: TokenBatch, documents: bool) -> Calla
         raise UserError("the Llama is not of the twin's size; nothing was timed")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     s = batch.tokens.shape[1]
-    mask: Tensor | None = causal_mask(s, s, batch.doc_start, batch.tokens.device) if documents else None
+    mask = causal_mask(s, s, batch.doc_start, batch.tokens.device) if documents else None
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -133,6 +134,6 @@ def llama_step(config: ModelConfig, batch: TokenBatch, documents: bool) -> Calla
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step

@@ -42,8 +42,9 @@ class TokenWindows:
         rows = self._read(starts)
         positions = np.arange(self.seq_len)
         loss_mask = starts[:, None] + positions + 1 < self.corpus.num_tokens
-        doc_start = np.zeros((len(starts), self.seq_len), dtype=np.int32)
+        doc_start = None
         if self.mask_documents:
+            doc_start = np.zeros((len(starts), self.seq_len), dtype=np.int32)
             row, position = self._documents_within(starts)
             announced = rows[row, position - 1] == self.eos
             loss_mask[row, position - 1] &= announced
@@ -56,7 +57,7 @@ class TokenWindows:
             tokens[:, :-1].contiguous(),
             tokens[:, 1:].contiguous(),
             torch.from_numpy(loss_mask),
-            torch.from_numpy(doc_start),
+            None if doc_start is None else torch.from_numpy(doc_start),
         )
 
     def _read(self, starts: np.ndarray) -> np.ndarray:

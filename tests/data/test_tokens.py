@@ -44,7 +44,8 @@ def reference(documents: list[list[int]], seq_len: int, window: int, mask_docume
 
 
 def rows(batch: TokenBatch) -> list[Row]:
-    fields = (batch.tokens, batch.targets, batch.loss_mask, batch.doc_start)
+    doc_start = torch.zeros_like(batch.tokens) if batch.doc_start is None else batch.doc_start
+    fields = (batch.tokens, batch.targets, batch.loss_mask, doc_start)
     return [list(zip(*row, strict=True)) for row in zip(*(field.tolist() for field in fields), strict=True)]
 
 

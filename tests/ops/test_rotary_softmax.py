@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.ops.rotary import apply_rotary, rotary_angles
 from megakrause.ops.softmax import causal_mask, softmax_attention
 
@@ -114,40 +113,3 @@ def test_masks_are_only_made_where_they_are_needed() -> None:
     assert causal_mask(1, 9, None, device) is None
     mask = causal_mask(2, 3, None, device)
     assert mask is not None and mask.tolist() == [[[[True, True, False], [True, True, True]]]]
-
-
-# ---- cross entropy
-
-
-def test_cross_entropy_sums_over_the_mask() -> None:
-    logits, targets = (
-        random(2, 5, 11).requires_grad_(),
-        torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(0)),
-    )
-    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
-    single = -torch.log_softmax(logits, -1).gather(-1, targets[..., None])[..., 0]
-    tolerance = 20 * torch.finfo(torch.float32).eps
-    for actual, expected in [
-        (cross_entropy_sum(logits, targets), single.sum()),
-        (cross_entropy_sum(logits, targets, mask), single[mask].sum()),
-    ]:
-        assert actual.dtype == torch.float32
-        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
-    (gradient,) = torch.autograd.grad(cross_entropy_sum(logits, targets, mask), logits)
-    assert not gradient[~mask].any() and gradient[mask].any(-1).all()
-    assert targets.min() >= 0  # the mask is not written into the caller's targets
-
-
-def test_cross_entropy_of_nothing_is_zero() -> None:
-    logits, targets = random(1, 3, 4).requires_grad_(), torch.zeros(1, 3, dtype=torch.int64)
-    loss = cross_entropy_sum(logits, targets, torch.zeros(1, 3, dtype=torch.bool))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert loss == 0 and not gradient.any()
-
-
-def test_cross_entropy_of_bfloat16_logits_is_summed_in_float32() -> None:
-    """2,000 tokens of log(4) each: a sum in bf16 would stop growing at 512."""
-    logits, targets = torch.zeros(2, 1000, 4, dtype=torch.bfloat16), torch.zeros(2, 1000, dtype=torch.int64)
-    loss = cross_entropy_sum(logits, targets)
-    assert loss.dtype == torch.float32
-    assert abs(float(loss) / (2000 * torch.tensor(4.0).log().item()) - 1) < 1e-5
