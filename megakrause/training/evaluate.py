@@ -19,6 +19,10 @@ class Evaluation:
     tokens: int
     bits_per_byte: float | None  # None where the corpus does not say how many bytes its tokens stand for
 
+    def __str__(self) -> str:
+        text = f"{self.loss:.4f} nats per token over {self.tokens:,} tokens"
+        return text if self.bits_per_byte is None else f"{text}, {self.bits_per_byte:.4f} bits per byte"
+
     def to_row(self) -> dict[str, float]:
         row = {"eval_loss": self.loss, "eval_tokens": self.tokens}
         return row if self.bits_per_byte is None else row | {"eval_bits_per_byte": self.bits_per_byte}

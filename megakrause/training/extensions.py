@@ -8,9 +8,15 @@ compiler and the Python headers, and a build that is killed leaves a lock for wh
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 
 def prepare_extensions() -> None:
     """Keep DeepSpeed from compiling anything. To be called before it makes a process group; again is harmless."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would search for one and warn that there is none
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

@@ -126,7 +126,7 @@ class Trainer:
                 row = evaluation.to_row()
                 log.row({"step": self.step} | row)
                 log.scalars(self.step, {name.replace("eval_", "eval/", 1): value for name, value in row.items()})
-                tqdm.write(f"step {self.step}: held-out {_describe(evaluation)}")
+                tqdm.write(f"step {self.step}: held-out {evaluation}")
         if last or _due(self.step, config.checkpoint.every):
             self.save()
 
@@ -247,8 +247,3 @@ def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _describe(evaluation: Evaluation) -> str:
-    text = f"{evaluation.loss:.4f} nats per token"
-    return text if evaluation.bits_per_byte is None else f"{text}, {evaluation.bits_per_byte:.4f} bits per byte"
