@@ -54,8 +54,8 @@ def test_a_step_is_plain_adamw_on_the_mean_over_tokens(config: Path, micro_batch
         optimizer.step()
 
         # Sums of about 1e2 terms in another order: float32 rounding, as torch's own comparison allows.
-        torch.testing.assert_close(result.loss, float(loss), rtol=1.3e-6, atol=0)
-        torch.testing.assert_close(result.grad_norm, float(norm), rtol=1e-5, atol=0)
+        torch.testing.assert_close(result.loss, loss.item(), rtol=1.3e-6, atol=0)
+        torch.testing.assert_close(result.grad_norm, norm.item(), rtol=1e-5, atol=0)
         assert result.tokens == int(batch.loss_mask.sum()) and result.applied
     expected = dict(plain.named_parameters())
     for name, value in weights(engine).items():
