@@ -1,6 +1,6 @@
 # Everything that one types often. `make` alone lists it.
 #   PYTHON=python3.12   which Python the environment is made from (3.11 or 3.12)
-#   ARGS="..."          handed on to pytest, or to the demo
+#   ARGS="..."          handed on to pytest
 
 PYTHON ?= python3
 ARGS ?=
@@ -45,7 +45,7 @@ setup: $(STAMP)  ## make the environment in .venv (at once when nothing changed)
 	@echo '$(VENV) is ready'
 
 demo: setup  ## set-up, then the whole main job on this machine: text to trained, exported model
-	@$(PY) -m megakrause.demo $(ARGS)
+	@$(PY) -m megakrause.demo
 
 test: setup  ## set-up, then the tests
 	@$(PY) -m pytest -m "not slow" $(ARGS)

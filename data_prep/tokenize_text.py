@@ -9,7 +9,7 @@ import sys
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.sources import SUFFIXES
 from megakrause.data.tokenizer import Tokenizer
-from megakrause.errors import UserError
+from megakrause.errors import run_command
 
 EXAMPLES = """examples:
   python data_prep/tokenize_text.py --input corpus/ --tokenizer tokenizer.model --output data/corpus --workers 8
@@ -21,6 +21,12 @@ separator. What cannot be read is listed in PREFIX.quarantine.jsonl.
 """
 
 
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -28,18 +34,19 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True, help="files, folders, or globs in quotes")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece .model file")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the corpus's files")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument(
         "--suffix", nargs="+", default=SUFFIXES, help=f"of files in folders; default: {' '.join(SUFFIXES)}"
     )
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to pass over")
     parser.add_argument("--text-field", default="text", help="field of .jsonl objects; default: text")
-    parser.add_argument("--shard-mb", type=int, default=4096, help="largest .bin file, in MiB; default: 4096")
+    parser.add_argument("--shard-mb", type=positive, default=4096, help="largest .bin file, in MiB; default: 4096")
     parser.add_argument(
-        "--max-document-mb", type=int, default=256, help="longer documents are quarantined; default: 256"
+        "--max-document-mb", type=positive, default=256, help="longer documents are quarantined; default: 256"
     )
     arguments = parser.parse_args()
-    try:
+
+    def run() -> None:
         summary = tokenize_corpus(
             arguments.input,
             Tokenizer.load(arguments.tokenizer),
@@ -51,14 +58,14 @@ def main() -> None:
             shard_bytes=arguments.shard_mb << 20,
             max_document=arguments.max_document_mb << 20,
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(
-        f"{arguments.output}: {summary.documents} documents, {summary.tokens} tokens, {summary.text_bytes} bytes of "
-        f"text ({summary.text_bytes / summary.tokens:.2f} per token); {summary.empty} empty documents left out"
-    )
-    if summary.rejected:
-        print(f"{summary.rejected} documents were rejected, see {summary.quarantine}", file=sys.stderr)
+        print(
+            f"{arguments.output}: {summary.documents} documents, {summary.tokens} tokens, {summary.text_bytes} bytes "
+            f"({summary.text_bytes / summary.tokens:.2f} per token); {summary.empty} empty documents left out"
+        )
+        if summary.rejected:
+            print(f"{summary.rejected} documents were rejected, see {summary.quarantine}", file=sys.stderr)
+
+    sys.exit(run_command(run))
 
 
 if __name__ == "__main__":

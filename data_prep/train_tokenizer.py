@@ -7,7 +7,7 @@ import sys
 
 from megakrause.data.sources import SUFFIXES, read_texts
 from megakrause.data.tokenizer import train_tokenizer
-from megakrause.errors import UserError
+from megakrause.errors import run_command
 
 EXAMPLES = """examples:
   python data_prep/train_tokenizer.py --input corpus/ --vocab-size 32000 --output tokenizer.model
@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to pass over")
     parser.add_argument("--text-field", default="text", help="field of .jsonl objects; default: text")
     arguments = parser.parse_args()
-    try:
+
+    def run() -> None:
         texts = read_texts(
             arguments.input, suffixes=arguments.suffix, exclude=arguments.exclude, text_field=arguments.text_field
         )
@@ -41,9 +42,9 @@ def main() -> None:
             kind=arguments.kind,
             sample_bytes=arguments.sample_mb << 20,
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}")
+        print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}")
+
+    sys.exit(run_command(run))
 
 
 if __name__ == "__main__":

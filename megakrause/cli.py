@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-from megakrause.errors import UserError, explain_os_error
+from megakrause.errors import UserError, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,21 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_bench):
         add(commands)
     arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        return _fail(str(error))
-    except OSError as error:  # a full disk, a folder that may not be written
-        return _fail(explain_os_error(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _fail(message: str) -> int:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # ranks fail together; one of each host says so
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return 1
+    return run_command(lambda: arguments.run(arguments))
 
 
 def _command(
@@ -55,7 +40,10 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from megakrause.config import load_config
 
-        config = load_config(arguments.config, arguments.overrides)
+        try:
+            config = load_config(arguments.config, arguments.overrides)
+        except UserError as error:
+            raise UserError(str(error), everywhere=True) from error
         from megakrause.parallel.mesh import Mesh
         from megakrause.training.loop import train
 
@@ -156,12 +144,13 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from megakrause.verify import verify
 
-        print(verify(Path(arguments.path)))
+        for line in verify(Path(arguments.path)):
+            print(line)
 
     parser = _command(
         commands,
         "verify",
-        "Check every byte of a checkpoint or a corpus against its checksums.",
+        "Check every byte of a corpus, a checkpoint or all of a run's against its checksums.",
         "  megakrause verify runs/demo-lm\n  megakrause verify runs/demo-data/train",
         run,
     )
@@ -210,8 +199,9 @@ def _positive(text: str) -> int:
 
 
 def _not_negative(text: str) -> float:
-    if (value := float(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
     return value
 
 

@@ -95,7 +95,7 @@ class DataConfig(Section):
     valid: str | None = Field(default=None, description="held-out corpus PREFIX")
     tokenizer: str = Field(description="SentencePiece .model file")
     mask_documents: bool = Field(default=True, description="no attention across documents packed in one sequence")
-    prefetch: int = Field(default=4, ge=0, description="micro-batches read ahead")
+    prefetch: int = Field(default=4, ge=0, description="global batches read ahead")
 
 
 class OptimConfig(Section):
@@ -203,7 +203,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Reads a TOML file and applies `section.key=value` overrides (values in TOML's notation, bare words as strings,
     `none` to leave a key out). Raises UserError."""
     try:
-        tree = tomllib.loads(Path(path).read_text())
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -231,6 +231,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"unknown config key '{key.strip()}': '{section}' is a value, not a section")
     if text.strip() == "none":
+        if key.strip() not in _keys():
+            raise UserError(_unknown(key.strip()))
         tree.pop(last, None)
         return
     try:
@@ -250,11 +252,17 @@ def _explain(error: ValidationError) -> str:
         case "missing":
             return f"config key '{key}' is missing; it has no default"
         case "extra_forbidden":
-            legal = _keys()
-            near = difflib.get_close_matches(key, legal, n=1, cutoff=0.0)
-            return f"unknown config key '{key}'; did you mean '{near[0]}'?"
+            return _unknown(key)
         case _:
             return f"{key} = {first['input']!r} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _unknown(key: str) -> str:
+    if near := difflib.get_close_matches(key, _keys(), n=1, cutoff=0.5):
+        return f"unknown config key '{key}'; did you mean '{near[0]}'?"
+    section = key.split(".")[0]
+    legal = [k for k in _keys() if k.startswith(f"{section}.")] or [k for k in _keys() if "." not in k]
+    return f"unknown config key '{key}'; there are {', '.join(legal)}"
 
 
 def _keys() -> list[str]:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from megakrause.config import RunConfig, load_config
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
-from megakrause.errors import UserError, explain_os_error
+from megakrause.errors import UserError, run_command
 from megakrause.evaluate import evaluate_checkpoint
 from megakrause.generate import generate_tokens
 from megakrause.hf.export import export
@@ -40,38 +39,33 @@ PROMPT = 'def read_lines(path):\n    """'
 NEW_TOKENS = 96
 
 
-def main() -> int:
+def main() -> None:
     began = time.perf_counter()
-    try:
-        config = load_config(CONFIG, sys.argv[1:])
-        data, output = Path(config.data.tokenizer).parent, Path(config.output)
-        exported = output.with_name("hf")
-        with step(1, "corpus: the sources of Python's standard library, split by file"):
-            files = {"train": list(sources(held_out=False)), "valid": list(sources(held_out=True))}
-            for name, paths in files.items():
-                print(f"   {name}: {len(paths):,} files, {sum(p.stat().st_size for p in paths) / 1e6:.1f} MB")
-        if not is_current(data, files, config):
-            shutil.rmtree(data, ignore_errors=True)
-            shutil.rmtree(output, ignore_errors=True)  # trained on something else
-            prepare(data, files, config)
-        else:
-            print(f"\n2-3  tokenizer and shards in {data} are of these very files: kept")
-        with step(4, f"training: {CONFIG} through DeepSpeed, into {output}"):
-            train(config, Mesh.start())
-        checkpoint = find_checkpoint(output)
-        with step(5, "held-out loss"):
-            report_loss(checkpoint, config)
-        with step(6, f"export to {exported}, reload with AutoModelForCausalLM, compare"):
-            print(f"   largest logit difference {export(str(checkpoint.folder), exported):.2e}")
-        with step(7, "a sample, greedy, from the checkpoint and from the export with its cache"):
-            report_sample(checkpoint, exported)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {explain_os_error(error)}", file=sys.stderr)
-        return 1
-    print(f"\nAll of it took {time.perf_counter() - began:.0f} s. To go on (source .venv/bin/activate first):")
+    config = load_config(CONFIG)
+    data, output = Path(config.data.tokenizer).parent, Path(config.output)
+    exported = output.with_name("hf")
+    with step(1, "corpus: the sources of Python's standard library, split by file"):
+        files = {"train": list(sources(held_out=False)), "valid": list(sources(held_out=True))}
+        for name, paths in files.items():
+            print(f"   {name}: {len(paths):,} files, {sum(p.stat().st_size for p in paths) / 1e6:.1f} MB")
+    if is_current(data, files, config):
+        print(f"\n2-3  tokenizer and shards in {data} are of these very files: kept")
+    else:
+        if output.exists():  # trained on other files, or another model
+            aside = output.with_name(f"{output.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+            print(f"   the files or {CONFIG} changed: {output} is set aside as {aside}")
+            output.rename(aside)
+        prepare(data, files, config)
+    with step(4, f"training: {CONFIG} through DeepSpeed, into {output}"):
+        train(config, Mesh.start())
+    checkpoint = find_checkpoint(output)
+    with step(5, "held-out loss"):
+        report_loss(checkpoint, config)
+    with step(6, f"export to {exported}, reload with AutoModelForCausalLM, compare"):
+        print(f"   largest logit difference {export(str(checkpoint.folder), exported):.2e}")
+    with step(7, "a sample, greedy, from the checkpoint and from the export with its cache"):
+        report_sample(checkpoint, exported)
+    print(f"\n8  all of it took {time.perf_counter() - began:.0f} s. To go on (source .venv/bin/activate first):")
     print(f"""
    tensorboard --logdir {output.parent}                                   # curves
    megakrause generate {output} --prompt 'class ' --temperature 0.8       # more text
@@ -79,7 +73,6 @@ def main() -> int:
    python data_prep/tokenize_text.py --input YOUR_TEXT --tokenizer {config.data.tokenizer} --output runs/own/train
    megakrause train {CONFIG} data.train=runs/own/train data.valid=none train.eval_every=0 output=runs/own/lm
 """)
-    return 0
 
 
 @contextmanager
@@ -105,8 +98,9 @@ def sources(held_out: bool) -> Iterator[Path]:
 def prepare(data: Path, files: dict[str, list[Path]], config: RunConfig) -> None:
     """Tokenizer and shards."""
     with step(2, f"tokenizer: SentencePiece BPE, {VOCABULARY} pieces, byte fallback"):
-        data.mkdir(parents=True)
-        texts = (path.read_text(errors="replace") for path in files["train"])
+        data.mkdir(parents=True, exist_ok=True)
+        (data / "source.json").unlink(missing_ok=True)
+        texts = (path.read_bytes().decode(errors="replace") for path in files["train"])
         tokenizer = train_tokenizer(texts, VOCABULARY, config.data.tokenizer)
         text = "".join(path.read_bytes().decode(errors="replace") for path in files["valid"])
         if tokenizer.decode(tokenizer.encode(text)) != text:
@@ -121,7 +115,7 @@ def prepare(data: Path, files: dict[str, list[Path]], config: RunConfig) -> None
                 f"   {prefix}: {corpus.num_tokens:,} tokens, {corpus.num_documents:,} documents, "
                 f"{corpus.bytes_per_token:.2f} bytes per token"
             )
-        (data / "source.json").write_text(json.dumps(source_key(files, config)))
+        (data / "source.json").write_text(json.dumps(source_key(files, config)), encoding="utf-8")
 
 
 def source_key(files: dict[str, list[Path]], config: RunConfig) -> str:
@@ -134,7 +128,7 @@ def source_key(files: dict[str, list[Path]], config: RunConfig) -> str:
 def is_current(data: Path, files: dict[str, list[Path]], config: RunConfig) -> bool:
     """Whether an earlier run prepared these files to the end."""
     try:
-        return json.loads((data / "source.json").read_text()) == source_key(files, config)
+        return json.loads((data / "source.json").read_text(encoding="utf-8")) == source_key(files, config)
     except (OSError, ValueError):
         return False
 
@@ -171,4 +165,4 @@ def report_sample(checkpoint: Checkpoint, exported: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,10 +1,45 @@
-"""The one exception that people see: a single clear line, no traceback."""
+"""The one exception that people see, a single clear line and no traceback, and how commands end with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text names the thing, the value and what would be right."""
+    """Something the user can mend. Its text names the thing, the value and what would be right.
+
+    everywhere: every rank raises the same, so that one of each host says it."""
+
+    def __init__(self, message: str, *, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def explain_os_error(error: OSError) -> str:
     """One line that names the file and what is wrong with it."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command to its exit status: 0, or 1 after one line on standard error."""
+    try:
+        command()
+    except UserError as error:
+        if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+            _complain(str(error))
+        return 1
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        _complain(explain_os_error(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)

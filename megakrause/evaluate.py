@@ -16,6 +16,8 @@ from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.evaluate import Evaluation, evaluate
 
+TOKENS_AT_ONCE = 4096
+
 
 @torch.no_grad()
 def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
@@ -30,7 +32,7 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
     windows = TokenWindows(corpus, config.train.seq_len, eos=tokenizer.eos, mask_documents=config.data.mask_documents)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(checkpoint, device)
-    batch = config.accumulation(dp=1)[0]
+    batch = max(1, TOKENS_AT_ONCE // config.train.seq_len)
 
     def loss_sum(batch: TokenBatch) -> tuple[float, int]:
         batch = batch.to(device)

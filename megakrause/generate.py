@@ -10,6 +10,7 @@ from torch import Tensor
 from megakrause.checkpoint.model import load_model, stored_tokenizer
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.data.tokenizer import Tokenizer
+from megakrause.errors import UserError
 from megakrause.models.lm import LanguageModel
 
 
@@ -44,7 +45,7 @@ def generate_tokens(
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     if temperature == 0:
         return logits.argmax()
-    p = torch.softmax(logits / temperature, dim=-1)
+    p = torch.softmax((logits - logits.max()) / temperature, dim=-1)
     if top_p < 1:
         ordered, index = p.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
@@ -56,6 +57,10 @@ def generate_text(
     checkpoint: str, prompt: str, max_new_tokens: int, *, temperature: float, top_p: float, seed: int
 ) -> Iterator[str]:
     """Yields the text that follows the prompt, piece by piece. The prompt opens a document. Raises UserError."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid UTF-8 at character {error.start}") from error
     source = find_checkpoint(checkpoint)
     tokenizer = Tokenizer.load(stored_tokenizer(source))
     model = load_model(source, "cuda" if torch.cuda.is_available() else "cpu")

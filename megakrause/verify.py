@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from megakrause.checkpoint.read import Checkpoint, find_checkpoint
+from megakrause.checkpoint.read import Checkpoint
+from megakrause.checkpoint.write import committed_folders
 from megakrause.data.shards import verify_corpus
+from megakrause.errors import UserError
 
 
-def verify(path: Path) -> str:
-    """What was checked, in one line. Raises UserError that says what is wrong where."""
-    if path.is_dir():
-        checkpoint: Checkpoint = find_checkpoint(path)
-        size = sum(record.size for record in checkpoint.files)
-        return f"{checkpoint.folder}: {len(checkpoint.files)} files, {size / 2**20:.1f} MiB, all checksums match"
+def verify(path: Path) -> Iterator[str]:
+    """Yields what was checked, a line for each corpus or checkpoint. Raises UserError that says what is wrong where."""
+    if not path.is_dir():
+        yield _verify_corpus(path)
+        return
+    folders = [path] if (path / "COMMIT.json").exists() else committed_folders(path / "checkpoints")
+    if not folders:
+        raise UserError(f"{path} is no checkpoint and no run's folder with one; name one, or a corpus PREFIX")
+    damaged = []
+    for folder in folders:
+        try:
+            checkpoint = Checkpoint(folder)
+            problem = checkpoint.verify()
+        except UserError as error:
+            problem = str(error)
+        if problem is None:
+            size = sum(record.size for record in checkpoint.files)
+            yield f"{folder}: {len(checkpoint.files)} files, {size / 2**20:.1f} MiB, all checksums match"
+        else:
+            damaged.append(problem)
+    if damaged:
+        raise UserError("; ".join(damaged))
+
+
+def _verify_corpus(path: Path) -> str:
     found = verify_corpus(path)
     hashes = "all checksums match" if found["hashed"] else "no manifest, so no checksums"
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from megakrause.bench.measure import machine, peak_memory, ratio, table, take_turns
+from megakrause.bench.measure import machine, peak_memory, ratio, table, take_turns, write_json
 from megakrause.errors import UserError
 from megakrause.ops.krause import krause_attention
 
@@ -33,7 +32,7 @@ def run(lengths: list[int], json_path: Path | None) -> None:
     )
     if json_path is not None:
         setting = {"window": WINDOW, "top_k": TOP_K, "heads": HEADS, "head_dim": HEAD_DIM, "machine": machine()}
-        json_path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1))
+        write_json(json_path, {"setting": setting, "rows": rows})
 
 
 def published(q: Tensor, k: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
@@ -65,18 +64,23 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
 
 
 def check() -> None:
-    """Outputs and gradients of what is timed against the float64 reference, on inputs whose z and ties are exact."""
-    inputs = make_inputs(3 * WINDOW + 5, exact=True)
-    exact = [x.double() for x in inputs]
+    """Outputs and gradients of what is timed against the float64 reference, on inputs whose z is exact."""
+    for name, attend, top_k in (("krause", krause(TOP_K), TOP_K), ("k >= W", krause(None), None)):
+        inputs = make_inputs(3 * WINDOW + 5, exact=True)
+        reference = partial(krause_attention, window=WINDOW, top_k=top_k, backend="reference")
+        _compare(name, forward_backward(attend, inputs), forward_backward(reference, [x.double() for x in inputs]))
+    # The published form keeps exactly k keys where scores tie, so its inputs are generic; and in float64, so that
+    # rounding does not select other keys.
+    inputs = [x.double() for x in make_inputs(3 * WINDOW + 5, exact=False)]
+    reference = partial(krause_attention, window=WINDOW, top_k=TOP_K, backend="reference")
+    _compare("published", forward_backward(published, inputs), forward_backward(reference, inputs))
 
-    def reference(q: Tensor, k: Tensor, v: Tensor, log_sigma: Tensor) -> Tensor:
-        return krause_attention(q, k, v, log_sigma, window=WINDOW, top_k=TOP_K, backend="reference")
 
-    expected = forward_backward(reference, exact)
-    for got, want in zip(forward_backward(krause(TOP_K), inputs), expected, strict=True):
-        error = float((got - want).norm() / want.norm())
+def _compare(name: str, got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        error = float((a - b).norm() / b.norm())
         if error > 1e-5:  # float32: sums of hundreds of terms, each good to 6e-8
-            raise UserError(f"krause_attention differs from the reference by {error:.1e}; nothing was timed")
+            raise UserError(f"{name} differs from the reference by {error:.1e}; nothing was timed")
 
 
 def measure(length: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,14 @@ class Checkpoint:
         self.folder = folder
         try:
             name = "COMMIT.json"
-            commit = json.loads((folder / name).read_text())
+            commit = json.loads((folder / name).read_text(encoding="utf-8"))
             self.files = [FileRecord(**record) for record in commit["files"]]
             if commit["format"] != FORMAT:
                 raise UserError(f"{folder} has format {commit['format']}; this version reads format {FORMAT}")
             name = "state.json"
-            self.state: dict[str, Any] = json.loads((folder / name).read_text())
+            self.state: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
             name = "config.toml"
-            self.config = (folder / name).read_text()
+            self.config = (folder / name).read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise UserError(f"{folder} is not a checkpoint: {name} is missing") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -94,7 +95,7 @@ class Checkpoint:
         return self.read(name, "master", 0, math.prod(shape)).view(shape)
 
     def rng(self, rank: int) -> dict[str, torch.Tensor]:
-        """A rank's generator states; empty if as many ranks did not write this checkpoint."""
+        """A rank's generator states; empty if it did not write a part."""
         name = f"rank-{rank:05d}.safetensors"
         if all(record.name != name for record in self.files):
             return {}
@@ -113,6 +114,10 @@ class Checkpoint:
             if not record.name.startswith("rank-"):
                 continue
             for f in json.loads(self._file(record.name).metadata()["fragments"]):
+                if f["box"] != f["shape"]:
+                    raise UserError(
+                        f"{self.folder} holds {f['name']} in slices of {f['box']}; only whole ones are read"
+                    )
                 self._shapes[f["name"]] = tuple(f["shape"])
                 piece = _Piece(f["offset"], f["numel"], record.name, f["key"])
                 self._pieces.setdefault((f["name"], f["kind"]), []).append(piece)
@@ -128,7 +133,10 @@ def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
         if problem := checkpoint.verify(axis):
             raise UserError(f"checkpoint {path} is damaged: {problem}")
         return checkpoint
-    newest, _ = newest_checkpoint(path / "checkpoints", axis)
+    newest, passed_over = newest_checkpoint(path / "checkpoints", axis)
+    if axis.rank == 0:
+        for reason in passed_over:
+            print(f"passed over {reason}", file=sys.stderr)
     if newest is None:
         raise UserError(f"{path} is neither a checkpoint nor the folder of a run with one; name a step-N folder")
     return newest

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from megakrause.checkpoint.files import FileRecord, flush_folder, write_bytes, write_tensors
 from megakrause.checkpoint.fragment import Fragment
+from megakrause.errors import explain_os_error
 from megakrause.parallel.mesh import Axis
 
 FORMAT = 1
@@ -98,8 +100,11 @@ def _retain(newest: Path, keep: int) -> None:
     # Those of later steps were passed over on resume, because they do not verify: they must not push good ones out.
     for old in folders[folders.index(newest) + keep :]:
         trash = old.with_name(f"{old.name}.old.tmp")  # a half-removed checkpoint must not look like one
-        old.rename(trash)
-        shutil.rmtree(trash)
+        try:
+            old.rename(trash)
+            shutil.rmtree(trash)
+        except OSError as error:  # the new one is safe; training goes on
+            print(f"cannot remove {explain_os_error(error)}", file=sys.stderr)
 
 
 def remove_leftovers(root: Path) -> None:

@@ -34,6 +34,7 @@ class Corpus:
     def __init__(self, prefix: str, shards: list[Path], manifest: Manifest | None) -> None:
         self.prefix = prefix
         self.manifest = manifest
+        self.vocab_size = manifest.tokenizer.vocab_size if manifest else None
         self.indices = [Index(Path(f"{shard}.idx")) for shard in shards]
         self.dtype = self.indices[0].dtype
         self._shards: list[np.ndarray] = []  # tokens of each
@@ -62,6 +63,8 @@ class Corpus:
             check_tokenizer(prefix, manifest, tokenizer)
             check_sizes(prefix, manifest)
         corpus = cls(prefix, shards, manifest)
+        if tokenizer:
+            corpus.vocab_size = tokenizer.vocab_size
         counts = (corpus.dtype.name, corpus.num_tokens, corpus.num_documents)
         if manifest and counts != (manifest.dtype, manifest.tokens, manifest.documents):
             raise UserError(f"corpus {prefix}: its shards hold {counts}, its manifest says otherwise; prepare it again")

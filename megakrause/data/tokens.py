@@ -61,7 +61,9 @@ class TokenWindows:
         )
 
     def _read(self, starts: np.ndarray) -> np.ndarray:
-        """Tokens [start, start + seq_len] of each, padded, int64 [b, seq_len + 1]."""
+        """Tokens [start, start + seq_len] of each, padded, int64 [b, seq_len + 1].
+
+        Raises UserError for one outside the vocabulary."""
         length = self.seq_len + 1
         rows = np.full((len(starts), length), self.eos, dtype=np.int64)
         whole = starts + length <= self.corpus.num_tokens
@@ -70,6 +72,13 @@ class TokenWindows:
             available = max(0, self.corpus.num_tokens - int(starts[row]))
             if available:
                 rows[row, :available] = self.corpus.read(int(starts[row]), available)
+        limit = self.corpus.vocab_size
+        if limit is not None and len(rows) and not 0 <= rows.min() <= rows.max() < limit:
+            row, position = np.argwhere((rows < 0) | (rows >= limit))[0]
+            raise UserError(
+                f"corpus {self.corpus.prefix}: token {rows[row, position]} at {starts[row] + position} is outside the "
+                f"vocabulary of {limit}; the corpus is damaged or of another tokenizer"
+            )
         return rows
 
     def _documents_within(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,9 +43,9 @@ LONGEST = 2**17
 def export(checkpoint: str, out: Path) -> float:
     """Writes OUT, reloads it with transformers and compares the logits with our own model's.
 
-    Returns the largest absolute difference. OUT appears whole and compared, or not at all; an earlier export is
-    replaced. Raises UserError when OUT is anything else, when there is no sound checkpoint, when its tokenizer has no
-    exact form in Hugging Face's format, or when the logits differ."""
+    Returns the largest absolute difference. OUT appears by a rename, whole and compared; an earlier export is moved
+    out of its way just before. Raises UserError when OUT is anything else, when there is no sound checkpoint, when its
+    tokenizer has no exact form in Hugging Face's format, or when the logits differ."""
     source = find_checkpoint(checkpoint)
     out = out.resolve()
     if out.exists() and not (out / MARKER).is_file():
@@ -57,7 +57,7 @@ def export(checkpoint: str, out: Path) -> float:
         _write(source, folder)
         difference = _compare(source, folder)
         marker = {"format": 1, "step": source.step, "max_logit_difference": difference}
-        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         flush_folder(folder)
         if out.exists():
             out.rename(Path(temporary) / "earlier")
@@ -141,7 +141,7 @@ def _write_weights(source: Checkpoint, folder: Path) -> None:
             progress.update(sum(sizes[name] for name in names))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(sizes: dict[str, int]) -> list[list[str]]:

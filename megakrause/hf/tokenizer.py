@@ -56,7 +56,7 @@ def write_tokenizer(path: Path, folder: Path, max_length: int) -> dict[str, int]
         # Text that looks like a special piece is text, as it is for `Tokenizer`.
         "split_special_tokens": True,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": pad}
 
 

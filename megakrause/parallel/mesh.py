@@ -53,7 +53,7 @@ class Axis:
         for rank, message in enumerate(messages):
             if message is not None:
                 everywhere = all(other == message for other in messages)
-                raise UserError(message if everywhere else f"rank {rank}: {message}")
+                raise UserError(message if everywhere else f"rank {rank}: {message}", everywhere=True)
         return result  # type: ignore[return-value]
 
 
@@ -72,10 +72,17 @@ class Mesh:
     @staticmethod
     def start() -> Mesh:
         """Joins the processes that torchrun or deepspeed started, or starts alone."""
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if "MASTER_ADDR" in os.environ:
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        else:
+            rank, size, local_rank = 0, 1, 0
         device, backend = torch.device("cpu"), "gloo"
         if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"{local_rank + 1} processes on a host with {torch.cuda.device_count()} GPUs; start fewer"
+                )
             device, backend = torch.device("cuda", local_rank), "nccl"
             torch.cuda.set_device(device)
         if not dist.is_initialized():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import fcntl
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
+from megakrause.checkpoint.files import write_bytes
 from megakrause.checkpoint.model import check_shapes, stored_config
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
 from megakrause.checkpoint.write import remove_leftovers, save_checkpoint
@@ -30,7 +32,11 @@ from megakrause.training.schedule import learning_rate
 
 def train(config: RunConfig, mesh: Mesh) -> None:
     """Trains, or goes on from the newest checkpoint of config.output. Raises UserError on every rank."""
-    Trainer(config, mesh).run()
+    trainer = Trainer(config, mesh)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
 
 
 class Trainer:
@@ -47,20 +53,22 @@ class Trainer:
         valid = config.data.valid
         self.valid_windows = None if valid is None else mesh.dp.together(lambda: self._windows(valid))
         config = self.config
-        # 2. The output folder, and what is to be gone on from.
-        checkpoint = self._find_start()
-        mesh.dp.together(lambda: self._prepare_output() if mesh.is_main else None)
-        # 3. The model and its engine.
         model = build_model(config.model, config.train.seed)
         self.parameters = count_parameters(model)
+        start = None
+        if config.train.init_from is not None:
+            start = find_checkpoint(config.train.init_from, mesh.dp)
+            check_shapes(start, model)
+        checkpoint = self._find_checkpoint()
+        # 2. The output folder, which is this run's alone from now on.
+        self.lock = mesh.dp.together(lambda: self._prepare_output() if mesh.is_main else None)
+        # 3. The engine.
         self.engine = Engine(model, config, mesh)
         # 4. Where to start from.
         self.step, self.position, self.tokens = 0, 0, 0
         if checkpoint is not None:
             self._resume(checkpoint)
-        elif config.train.init_from is not None:
-            start = find_checkpoint(config.train.init_from, mesh.dp)
-            check_shapes(start, model)
+        elif start is not None:
             self.engine.load(start, weights_only=True)
 
     def run(self) -> None:
@@ -73,6 +81,9 @@ class Trainer:
             f"training {self.parameters / 1e6:.2f} M parameters on {mesh.dp.size} x {mesh.device.type}, "
             f"{config.train.global_batch} x {config.train.seq_len} tokens a step, steps {self.step + 1} to {steps}"
         )
+        if mesh.is_main:
+            write_bytes(self.output, "config.toml.tmp", iter([config.to_toml().encode()]))
+            os.replace(self.output / "config.toml.tmp", self.output / "config.toml")
         log = MetricsLog(self.output, self.step, config.log.tensorboard) if mesh.is_main else None
         batches = train_batches(
             self.train_windows,
@@ -104,8 +115,9 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 row |= {"tokens": self.tokens, "tokens_per_s": result.tokens / seconds, "seconds": seconds}
                 row |= {"data_seconds": waited}
-                if not result.applied or not math.isfinite(result.loss):
-                    row["skipped"] = not result.applied
+                if not result.applied:
+                    row["skipped"] = True
+                    self._say(f"step {self.step}: skipped, a gradient is not finite (loss {result.loss})")
                 bar.update()
                 bar.set_postfix(loss=f"{result.loss:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}", refresh=False)
                 if log is not None:
@@ -116,6 +128,11 @@ class Trainer:
             batches.close()
             if log is not None:
                 log.close()
+
+    def close(self) -> None:
+        """Lets another run have the output folder."""
+        if self.lock is not None:
+            self.lock.close()
 
     def _evaluate_and_save(self, log: MetricsLog | None) -> None:
         """What the end of this step is due to bring."""
@@ -153,6 +170,7 @@ class Trainer:
                 "optimizer_steps": self.engine.optimizer_steps,
                 "position": self.position,
                 "tokens": self.tokens,
+                "ranks": self.mesh.dp.size,
                 "train_data": self.train_windows.corpus.fingerprint,
                 "tokenizer": self.tokenizer.fingerprint,
             },
@@ -165,11 +183,12 @@ class Trainer:
         data, seq_len = self.config.data, self.config.train.seq_len
         return TokenWindows(corpus, seq_len, eos=self.tokenizer.eos, mask_documents=data.mask_documents)
 
-    def _find_start(self) -> Checkpoint | None:
+    def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from. None: from the beginning."""
         root = self.output / "checkpoints"
         if not self.config.checkpoint.resume:
-            busy = self.mesh.dp.gather_objects(self.output.exists() and any(self.output.iterdir()))[0]
+            files = [path.name for path in self.output.iterdir()] if self.output.exists() else []
+            busy = self.mesh.dp.gather_objects(set(files) - {".lock"})[0]
             if busy:
                 raise UserError(f"checkpoint.resume = false needs an empty output, {self.output} is not; name another")
             return None
@@ -190,6 +209,7 @@ class Trainer:
             *((f"model.{k}", v, getattr(now.model, k)) for k, v in saved.model),
             ("train.seq_len", saved.train.seq_len, now.train.seq_len),
             ("train.seed", saved.train.seed, now.train.seed),
+            ("data.mask_documents", saved.data.mask_documents, now.data.mask_documents),
             ("the tokenizer's hash", state["tokenizer"], self.tokenizer.fingerprint),
             ("the training corpus's hash", state["train_data"], self.train_windows.corpus.fingerprint),
         ]:
@@ -199,16 +219,24 @@ class Trainer:
                     "restore it, or choose another output (and train.init_from to start from these weights)"
                 )
 
-    def _prepare_output(self) -> None:
+    def _prepare_output(self) -> TextIO:
+        """Makes the folder and takes it for this run. Raises UserError when another has it."""
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.toml").write_text(self.config.to_toml())
+        lock = open(self.output / ".lock", "w")  # noqa: SIM115  held until the process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing to {self.output}; wait for it, or choose another output"
+            ) from error
         remove_leftovers(self.output / "checkpoints")
+        return lock
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.engine.load(checkpoint)
         self.step, self.position = checkpoint.step, checkpoint.state["position"]
         self.tokens = checkpoint.state["tokens"]
-        rng = checkpoint.rng(self.mesh.dp.rank)
+        rng = checkpoint.rng(self.mesh.dp.rank) if checkpoint.state["ranks"] == self.mesh.dp.size else {}
         if "cpu" in rng:
             torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and self.mesh.device.type == "cuda":
@@ -223,7 +251,7 @@ class Trainer:
         values = {f"train/{key}": row[key] for key in ("loss", "lr", "grad_norm", "tokens_per_s", "data_seconds")}
         values |= {"train/model_flops_per_s": flops, "train/memory_gib": memory_gib(self.mesh.device)}
         peak = peak_flops(self.mesh.device)
-        if peak is not None:
+        if peak is not None and self.config.train.precision == "bf16":
             values["train/mfu"] = flops / (peak * self.mesh.dp.size)
         values |= {f"sigma/{name}": value for name, value in self.engine.sigmas().items()}
         log.scalars(self.step, values)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ class MetricsLog:
 
     def __init__(self, output: Path, start_step: int, tensorboard: bool):
         """Cuts what is there back to `start_step`: a resumed run repeats what came after its checkpoint."""
-        self.path = output / "metrics.jsonl"
-        if self.path.exists():
-            _cut(self.path, start_step)
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115  one line, one write
+        self._path = output / "metrics.jsonl"
+        if self._path.exists():
+            _cut(self._path, start_step)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  one line, one write
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -33,26 +35,37 @@ class MetricsLog:
 
     def row(self, values: dict[str, Any]) -> None:
         """Adds one object to metrics.jsonl. Raises UserError when it cannot be written."""
-        try:
+        values = {key: None if value != value else value for key, value in values.items()}  # JSON knows no NaN
+        with self._explained(self._path):
             self._file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; the checkpoints are as they were") from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds points to TensorBoard."""
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with self._explained(self._board.log_dir):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        """Ends both. What they could not write has been said before."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _explained(path: Path | str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; the checkpoints are as they were") from error
 
 
 def _cut(path: Path, step: int) -> None:
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # a line that a kill cut short
@@ -60,7 +73,7 @@ def _cut(path: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -3,6 +3,7 @@ differences: the same run from initial weights that differ by one unit in the la
 
     torchrun --nproc_per_node=2 tests/training/layouts.py CONFIG OUTPUT stages PRECISION
     python tests/training/layouts.py CONFIG OUTPUT ulp PRECISION
+    python tests/training/layouts.py CONFIG OUTPUT resume PRECISION
 """
 
 from __future__ import annotations
@@ -33,11 +34,16 @@ def main(config_path: str, output: str, what: str, precision: str) -> None:
 
     def build(name: str, zero: int) -> Trainer:
         overrides = [f"output={output}/{name}", f"parallel.zero={zero}", f"train.precision={precision}"]
+        # No clipping, which would hide a wrong scale; accumulation; a checkpoint to go on from elsewhere.
+        overrides += ["optim.clip=0", "train.micro_batch=1", "checkpoint.every=3"]
         return Trainer(load_config(config_path, overrides), mesh)
 
     if what == "stages":
         for zero in range(4):
             build(f"zero{zero}", zero).run()
+        return
+    if what == "resume":  # in this layout, what another layout has begun
+        build("resumed", 0).run()
         return
     build("one", 0).run()
     generator = torch.Generator().manual_seed(0)

@@ -32,12 +32,17 @@ def train(*arguments: object) -> str:
     return printed
 
 
-def kill_when(process: subprocess.Popen[str], path: Path) -> None:
-    """kill -9 as soon as a path exists."""
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    """Waits until a running process has made a path."""
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.002)
+
+
+def kill_when(process: subprocess.Popen[str], path: Path) -> None:
+    """kill -9 as soon as a path exists."""
+    wait_for(process, path)
     process.send_signal(signal.SIGKILL)
     process.wait()
 

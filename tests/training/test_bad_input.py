@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megakrause.cli import main
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.tokenizer import train_tokenizer
 from tests.training.conftest import write_texts
-from tests.training.runs import state
+from tests.training.runs import start, state, wait_for
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system of its own, which only root may")
 
@@ -46,7 +47,7 @@ def test_a_config_that_cannot_be_run_is_refused_before_anything_is_written(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
 ) -> None:
     assert said in refuse(capsys, config, override)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_sequence_longer_than_learned_positions(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +80,7 @@ def test_checkpoint_of_another_model_or_order_is_not_resumed(
         ("model.width=64", "model.width = 32, now it is 64"),
         ("train.seq_len=24", "train.seq_len = 48, now it is 24"),
         ("train.seed=7", "train.seed = 0, now it is 7"),
+        ("data.mask_documents=false", "data.mask_documents = True, now it is False"),
     ]:
         assert said in refuse(capsys, config, "train.steps=8", override)
     line = refuse(capsys, config, "model.width=64", f"train.init_from={tmp_path}/run", f"output={tmp_path}/other")
@@ -133,3 +135,47 @@ def test_no_usable_checkpoint_is_no_fresh_start(
     weights.write_bytes(content)
     line = refuse(capsys, config, "train.steps=8")
     assert "none of the 1 checkpoints" in line and "does not match its checksum" in line and weights.name in line
+
+
+def test_two_runs_cannot_share_an_output(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = start(config, "train.steps=100000")
+    wait_for(first, tmp_path / "run" / "metrics.jsonl")
+    assert f"another run is writing to {tmp_path}/run" in refuse(capsys, config)
+    first.kill()
+    first.wait()
+    assert main(["train", str(config)]) == 0
+
+
+def test_tokens_outside_the_vocabulary_of_a_corpus_without_manifest(
+    config: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "foreign.idx").write_bytes((corpus / "train.idx").read_bytes())
+    tokens = np.fromfile(corpus / "train.bin", np.uint16)
+    tokens[100] = 320
+    tokens.tofile(tmp_path / "foreign.bin")
+    line = refuse(capsys, config, f"data.train={tmp_path}/foreign", "train.steps=1000")
+    assert "token 320 at 100 is outside the vocabulary of 320" in line and f"{tmp_path}/foreign" in line
+
+
+def test_a_finished_run_keeps_the_config_it_was_trained_with(config: Path, tmp_path: Path) -> None:
+    assert main(["train", str(config)]) == 0
+    before = (tmp_path / "run" / "config.toml").read_text()
+    assert main(["train", str(config), "optim.lr=0.5"]) == 0
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+def test_verify_names_what_is_damaged_and_fails(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(config), "checkpoint.every=3"]) == 0
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    weights = tmp_path / "run" / "checkpoints" / "step-6" / "rank-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert "step-3" in said.out and f"{weights} does not match its checksum" in said.err
+    assert main(["generate", str(tmp_path / "run"), "--max-new-tokens", "1"]) == 0
+    assert "passed over step-6" in capsys.readouterr().err

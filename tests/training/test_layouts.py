@@ -1,16 +1,18 @@
-"""Any number of ranks and any ZeRO stage gives the losses and weights of one process."""
+"""Any number of ranks and any ZeRO stage gives the losses, gradient norms and weights of one process."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.training.runs import losses, state
+from tests.training.runs import rows, state
 
 SCRIPT = Path(__file__).with_name("layouts.py")
 MOVED = ("up", "down", "either")
@@ -23,21 +25,54 @@ def run(launcher: list[str], *arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def curve(output: Path, key: str) -> Tensor:
+    return torch.tensor([row[key] for row in rows(output)], dtype=torch.float64)
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    return {name: tensor for (name, kind), tensor in state(output).items() if kind == "master"}
+
+
+class Yardstick:
+    """Twice what changes when the initial weights move by one unit in the last place: of a curve, up to each step; of
+    each parameter."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.one = weights(folder / "one")
+        moved = [weights(folder / name) for name in MOVED]
+        self.weight_bounds = {
+            name: 2 * max(float((m[name] - w).abs().max()) for m in moved) for name, w in self.one.items()
+        }
+
+    def bounds(self, key: str) -> Tensor:
+        one = curve(self.folder / "one", key)
+        changes = torch.stack([(curve(self.folder / name, key) - one).abs() for name in MOVED])
+        return 2 * changes.amax(0).cummax(0).values
+
+    def check(self, output: Path) -> None:
+        for key in ("loss", "grad_norm"):
+            bounds, one = self.bounds(key), curve(self.folder / "one", key)
+            assert (bounds < 0.02 * one).all(), "the yardstick itself is broken"
+            change = (curve(output, key) - one).abs()
+            assert (change <= bounds).all(), (output.name, key, change, bounds)
+        for name, weight in weights(output).items():
+            change = float((weight - self.one[name]).abs().max())
+            assert change <= self.weight_bounds[name], (output.name, name, change, self.weight_bounds[name])
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_two_ranks_with_every_zero_stage_equal_one_process(config: Path, tmp_path: Path, precision: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     run(torchrun, config, tmp_path, "stages", precision)
     run([sys.executable], config, tmp_path, "ulp", precision)
-
-    one, one_state = torch.tensor(losses(tmp_path / "one")), state(tmp_path / "one")
-    weights = [key for key in one_state if key[1] == "master"]
-    loss_bound = 2 * max((torch.tensor(losses(tmp_path / name)) - one).abs().max() for name in MOVED)
-    moved = [state(tmp_path / name) for name in MOVED]
-    weight_bound = 2 * max((m[key] - one_state[key]).abs().max() for m in moved for key in weights)
-    assert 0 < loss_bound < 0.1 and 0 < weight_bound < 0.1, "the yardstick itself is broken"
-
+    yardstick = Yardstick(tmp_path)
     for zero in range(4):
-        got, got_state = torch.tensor(losses(tmp_path / f"zero{zero}")), state(tmp_path / f"zero{zero}")
-        assert (got - one).abs().max() <= loss_bound, zero
-        for key in weights:
-            assert (got_state[key] - one_state[key]).abs().max() <= weight_bound, (zero, key)
+        yardstick.check(tmp_path / f"zero{zero}")
+
+    # Begun by two ranks with ZeRO 3, gone on with by one without.
+    shutil.copytree(tmp_path / "zero3", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-6")
+    run([sys.executable], config, tmp_path, "resume", precision)
+    assert [row["step"] for row in rows(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6]
+    yardstick.check(tmp_path / "resumed")
