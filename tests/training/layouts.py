@@ -23,7 +23,7 @@ class Moved:
     """The weights of a model, each moved to a neighbouring float."""
 
     def __init__(self, weights: dict[str, torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]):
-        self.weights = {name: torch.nextafter(w, move(w)).flatten() for name, w in weights.items()}
+        self.weights = {name: torch.nextafter(w, move(w)).flatten().float() for name, w in weights.items()}
 
     def read(self, name: str, kind: str, offset: int, numel: int) -> torch.Tensor:
         return self.weights[name][offset : offset + numel]
@@ -46,6 +46,7 @@ def main(config_path: str, output: str, what: str, precision: str) -> None:
         build("resumed", 0).run()
         return
     build("one", 0).run()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32  # that the model computes in
     generator = torch.Generator().manual_seed(0)
     moves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "up": lambda w: torch.full_like(w, math.inf),
@@ -54,7 +55,8 @@ def main(config_path: str, output: str, what: str, precision: str) -> None:
     }
     for name, move in moves.items():
         trainer = build(name, 0)
-        weights = {f.name: f.tensor.view(f.shape).clone() for f in trainer.engine.fragments() if f.kind == "master"}
+        masters = (f for f in trainer.engine.fragments() if f.kind == "master")
+        weights = {f.name: f.tensor.view(f.shape).to(dtype, copy=True) for f in masters}
         trainer.engine.load(Moved(weights, move), weights_only=True)  # type: ignore[arg-type]
         trainer.run()
 

@@ -53,7 +53,7 @@ class Yardstick:
     def check(self, output: Path) -> None:
         for key in ("loss", "grad_norm"):
             bounds, one = self.bounds(key), curve(self.folder / "one", key)
-            assert (bounds < 0.02 * one).all(), "the yardstick itself is broken"
+            assert (bounds < 0.1 * one).all(), "the yardstick itself is broken"
             change = (curve(output, key) - one).abs()
             assert (change <= bounds).all(), (output.name, key, change, bounds)
         for name, weight in weights(output).items():
