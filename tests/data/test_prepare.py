@@ -242,26 +242,25 @@ def test_killed_preparation_leaves_nothing_that_opens(many: Path, tmp_path: Path
 def test_the_scripts(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(script: str, *arguments: str) -> tuple[str | int | None, str, str]:
-        """(exit code or message, standard output, standard error)"""
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error)"""
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        code = None
-        try:
+        with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / "data_prep" / script), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        return end.value.code, *capsys.readouterr()
 
     model, prefix = str(tmp_path / "t.model"), str(tmp_path / "corpus")
     sample = str(ROOT / "megakrause" / "data")
     code, out, _ = run("train_tokenizer.py", "--input", sample, "--vocab-size", "700", "--output", model)
-    assert code is None and f"{model}: 700 pieces" in out
+    assert code == 0 and f"{model}: 700 pieces" in out
     code, out, err = run("tokenize_text.py", "--input", str(texts), "--tokenizer", model, "--output", prefix)
-    assert code is None and f"{prefix}: 6 documents" in out and "8 documents were rejected, see" in err
+    assert code == 0 and f"{prefix}: 6 documents" in out and "8 documents were rejected, see" in err
     assert len(documents_of(prefix, Tokenizer.load(model))) == 6
 
-    code, _, _ = run("train_tokenizer.py", "--input", "nothing", "--vocab-size", "700", "--output", model)
-    assert isinstance(code, str) and code.startswith("error: no input matches nothing")
+    code, _, err = run("train_tokenizer.py", "--input", "nothing", "--vocab-size", "700", "--output", model)
+    assert code == 1 and err.splitlines()[-1].startswith("error: no input matches nothing")
+    code, _, err = run("train_tokenizer.py", "--input", sample, "--vocab-size", "700", "--output", f"{model}/t")
+    assert code == 1 and err.splitlines()[-1].startswith(f"error: {model}")
     for script in ("train_tokenizer.py", "tokenize_text.py"):
         code, out, _ = run(script, "--help")
         assert code == 0 and "examples:" in out
