@@ -91,6 +91,7 @@ class _KrauseBlocked(torch.autograd.Function):
         units = scores.units
         do = units.rows(grad.to(units.compute))  # u r d
         delta = (do * out).sum(-1, keepdim=True)  # D_i = dO_i . O_i
+        scaled_qu = qu * scores.inverse_variance
         dq, dk, dv = torch.empty_like(qu), torch.zeros_like(ku), torch.zeros_like(vu)
         for part in units.parts():
             p = scores.weights(scores.of(qu, ku, part), cut, part)
@@ -103,9 +104,9 @@ class _KrauseBlocked(torch.autograd.Function):
                 units.add_to_keys(dv, part, p, do[part])
             ds -= delta[part]
             ds *= p
-            ds *= scores.inverse_variance[part]
             torch.bmm(ds, units.spans(ku)[part], out=dq[part])
-            units.add_to_keys(dk, part, ds, qu[part])
+            units.add_to_keys(dk, part, ds, scaled_qu[part])
+        dq *= scores.inverse_variance
 
         # z = q.k - |k|^2/2, hence dk_j = sum_i dS_ij q_i - k_j sum_i dS_ij, and the sum of dS z over a row is q'.dq'.
         row_sums = units.positions_of_rows((qu * dq).sum(-1, keepdim=True))  # b s h 1
