@@ -9,6 +9,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Losses and weights are compared with a CPU's, some bit for bit, and two ranks share what one machine has.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # An export's modelling file is copied into the Hugging Face cache when it is loaded; a copy from an earlier run, or
 # anything else in the user's cache, must not be what a test sees.
