@@ -74,7 +74,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         commands,
         "evaluate",
         "Loss of a checkpoint on a held-out corpus.",
-        "  megakrause evaluate runs/demo-lm --data runs/demo-data/valid",
+        "  megakrause evaluate runs/demo/lm --data runs/demo/data/valid",
         run,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")
@@ -104,8 +104,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         commands,
         "generate",
         "Continue a text.",
-        "  megakrause generate runs/demo-lm --prompt 'import os' --max-new-tokens 100 --temperature 0\n"
-        "  megakrause generate runs/demo-lm/checkpoints/step-400 --temperature 0.8 --top-p 0.95 --seed 1",
+        "  megakrause generate runs/demo/lm --prompt 'import os' --max-new-tokens 100 --temperature 0\n"
+        "  megakrause generate runs/demo/lm/checkpoints/step-400 --temperature 0.8 --top-p 0.95 --seed 1",
         run,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")
@@ -130,7 +130,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         converters,
         "to-hf",
         "Write a checkpoint as a Hugging Face folder, reload it and compare the logits.",
-        "  megakrause convert to-hf runs/demo-lm exported\n"
+        "  megakrause convert to-hf runs/demo/lm exported\n"
         "  then: AutoModelForCausalLM.from_pretrained('exported', trust_remote_code=True)",
         to_hf,
     )
@@ -151,7 +151,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         commands,
         "verify",
         "Check every byte of a corpus, a checkpoint or all of a run's against its checksums.",
-        "  megakrause verify runs/demo-lm\n  megakrause verify runs/demo-data/train",
+        "  megakrause verify runs/demo/lm\n  megakrause verify runs/demo/data/train",
         run,
     )
     parser.add_argument("path", metavar="CHECKPOINT|PREFIX|SHARD")

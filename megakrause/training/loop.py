@@ -123,6 +123,9 @@ class Trainer:
                 if log is not None:
                     self._log(log, row)
                 self._evaluate_and_save(log)
+        except KeyboardInterrupt:
+            self._say(f"interrupted at step {self.step}; the same command goes on from the last checkpoint")
+            raise
         finally:
             bar.close()
             batches.close()
