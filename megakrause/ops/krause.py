@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from megakrause.ops.grid import Grid
-from megakrause.ops.krause_blocked import krause_blocked
+from megakrause.ops.krause_launch import triton_refuses
+from megakrause.ops.krause_operators import krause_attention_operator, neighbourhood
 from megakrause.ops.krause_reference import krause_reference
 
-BACKENDS = ("auto", "reference", "blocked")
+BACKENDS = ("auto", "reference", "blocked", "triton")
 
 
 def krause_attention(
@@ -47,24 +46,51 @@ def krause_attention(
     grid of tokens. Exactly one of the two. top_k: None, or at least the neighbourhood's size: no selection.
     doc_start: keys before it are not seen (packed documents, left padding, a missing halo).
     dropout: share of the weights p that is dropped, the others scaled by 1 / (1 - dropout); seed names the mask.
-    backend: "auto", "reference" (dense, any arguments), "blocked" (memory and time linear in s; windows only).
+    backend: "reference" (dense, any arguments), "blocked" (memory and time linear in s; windows only), "triton" (fused
+    kernels for CUDA) or "auto": triton on a CUDA device; elsewhere, and for what triton cannot take, blocked for
+    windows and reference for grids.
 
-    Raises ValueError for arguments that do not fit together, naming the argument, its value and what would be right.
+    Raises ValueError for arguments that do not fit together or that the backend cannot take, naming the argument, its
+    value and what would be right.
     """
     _check(q, k, v, log_sigma, window, grid, top_k, doc_start, dropout, seed)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r}; use one of {', '.join(BACKENDS)}")
-    if backend == "blocked" and grid is not None:
-        raise ValueError("backend = 'blocked' takes a window, no grid; use 'reference' or 'auto'")
+    backend = _choose(q, window, grid, top_k, backend)
     if window is not None:
         k, v, doc_start = _last_keys(q, k, v, doc_start, window)
-    options: dict[str, Any] = {"top_k": top_k, "doc_start": doc_start, "dropout": dropout, "seed": seed}
-    with torch.autocast(q.device.type, enabled=False):  # it would compare z in bfloat16
-        # One query against a window of keys is a single dense row: blocks would only add padding.
-        if grid is not None or backend == "reference" or (backend == "auto" and q.shape[1] == 1):
-            return krause_reference(q, k, v, log_sigma, window=window, grid=grid, **options)
-        assert window is not None
-        return krause_blocked(q, k, v, log_sigma, window=window, **options)
+    if backend == "reference":
+        with torch.autocast(q.device.type, enabled=False):  # it would compare z in bfloat16
+            return krause_reference(
+                q,
+                k,
+                v,
+                log_sigma,
+                window=window,
+                grid=grid,
+                top_k=top_k,
+                doc_start=doc_start,
+                dropout=dropout,
+                seed=seed,
+            )
+    seen = neighbourhood(window, grid)
+    return krause_attention_operator(q, k, v, log_sigma, seen, top_k, doc_start, dropout, seed or 0, backend)[0]
+
+
+def _choose(q: Tensor, window: int | None, grid: Grid | None, top_k: int | None, backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}; use one of {', '.join(BACKENDS)}")
+    others = "reference" if window is None else "blocked"
+    if backend == "blocked" and window is None:
+        raise ValueError("backend = 'blocked' takes a window, no grid; use 'reference' or 'auto'")
+    if backend == "triton":
+        reason = triton_refuses(q, window, grid, top_k)
+        if reason is not None:
+            raise ValueError(f"backend = 'triton' takes {reason}; use {others!r} or 'auto'")
+    if backend != "auto":
+        return backend
+    if q.is_cuda and triton_refuses(q, window, grid, top_k) is None:
+        return "triton"
+    # One query against a window of keys is a single dense row: blocks would only add padding.
+    return others if q.shape[1] > 1 else "reference"
 
 
 def _last_keys(

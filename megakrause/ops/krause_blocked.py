@@ -17,12 +17,10 @@ span = P + C keys; d head size; e = d + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megakrause.ops.dropout import keep_mask
@@ -30,7 +28,7 @@ from megakrause.ops.dropout import keep_mask
 SCORES_AT_ONCE = 2**19  # elements of z that are worked on together: a few MiB, so that they stay in cache
 
 
-def krause_blocked(
+def blocked_forward(
     q: Tensor,  # [b, s, h, d]
     k: Tensor,  # [b, s_k, h_kv, d]  s_k <= s + window - 1
     v: Tensor,  # [b, s_k, h_kv, d]
@@ -40,102 +38,99 @@ def krause_blocked(
     top_k: int | None,
     doc_start: Tensor | None,
     dropout: float,
-    seed: int | None,
-) -> Tensor:  # [b, s, h, d]
-    return _KrauseBlocked.apply(q, k, v, log_sigma, window, top_k, doc_start, dropout, seed)
+    seed: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """out [b, s, h, d], and what `blocked_backward` needs: q, k and v laid out in units, and the k-th largest z of each
+    row, [u, r, 1], than which what is kept is not smaller; empty if all is kept."""
+    units = _Units(q.shape, k.shape, window, q)
+    qu, ku, vu = units.augmented_rows(q), units.augmented_keys(k), units.keys(v)
+    scores = _Scores(units, window, doc_start, log_sigma, dropout, seed)
+    out = torch.empty_like(qu[..., :-1])  # u r d
+    cut = None if top_k is None or top_k >= window else torch.empty_like(out[..., :1])
+    for part in units.parts():
+        z = scores.of(qu, ku, part)
+        if cut is not None and top_k is not None:
+            cut[part] = z.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        p = scores.weights(z, cut, part)
+        if dropout > 0:
+            p *= scores.kept(part)
+        torch.bmm(p, units.spans(vu)[part], out=out[part])
+    out = units.positions_of_rows(out).to(q.dtype).contiguous()
+    return out, (qu, ku, vu, qu.new_empty(0) if cut is None else cut)
 
 
-class _KrauseBlocked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_sigma: Tensor,
-        window: int,
-        top_k: int | None,
-        doc_start: Tensor | None,
-        dropout: float,
-        seed: int | None,
-    ) -> Tensor:
-        units = _Units(q, k, window)
-        compute = units.compute
-        half_squares = k.to(compute).square().sum(-1, keepdim=True) / 2
-        qu = units.rows(F.pad(q.to(compute), (0, 1), value=1.0))  # u r e
-        ku = units.keys(torch.cat([k.to(compute), -half_squares], dim=-1))  # P/C + u, C, e
-        vu = units.keys(v.to(compute))  # P/C + u, C, d
-        scores = _Scores(units, window, doc_start, log_sigma, dropout, seed)
+def blocked_saved(q: Tensor, k: Tensor, window: int, top_k: int | None) -> tuple[Tensor, ...]:
+    """Uninitialized tensors like those that `blocked_forward` leaves for `blocked_backward`."""
+    units = _Units(q.shape, k.shape, window, q)
+    d, rows = q.shape[-1], units.group * units.block
+    keys = units.reach // units.block + units.count, units.block
+    cut = (0,) if top_k is None or top_k >= window else (units.count, rows, 1)
+    shapes = (units.count, rows, d + 1), (*keys, d + 1), (*keys, d), cut
+    return tuple(q.new_empty(shape, dtype=units.compute) for shape in shapes)
 
-        out = torch.empty_like(qu[..., :-1])  # u r d
-        # The k-th largest z of each row: what is kept is not smaller.
-        cut = None if top_k is None or top_k >= window else torch.empty_like(out[..., :1])
-        for part in units.parts():
-            z = scores.of(qu, ku, part)
-            if cut is not None and top_k is not None:
-                cut[part] = z.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-            p = scores.weights(z, cut, part)
-            if dropout > 0:
-                p *= scores.kept(part)
-            torch.bmm(p, units.spans(vu)[part], out=out[part])
-        ctx.save_for_backward(qu, ku, vu, out, cut)
-        ctx.scores = scores
-        ctx.dtypes = q.dtype, log_sigma.dtype, log_sigma.shape
-        return units.positions_of_rows(out).to(q.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qu, ku, vu, out, cut = ctx.saved_tensors
-        scores: _Scores = ctx.scores
-        units = scores.units
-        do = units.rows(grad.to(units.compute))  # u r d
-        delta = (do * out).sum(-1, keepdim=True)  # D_i = dO_i . O_i
-        scaled_qu = qu * scores.inverse_variance
-        dq, dk, dv = torch.empty_like(qu), torch.zeros_like(ku), torch.zeros_like(vu)
-        for part in units.parts():
-            p = scores.weights(scores.of(qu, ku, part), cut, part)
-            ds = torch.bmm(do[part], units.spans(vu)[part].mT)  # u r span
-            if scores.dropout > 0:
-                kept = scores.kept(part)
-                ds *= kept
-                units.add_to_keys(dv, part, p * kept, do[part])
-            else:
-                units.add_to_keys(dv, part, p, do[part])
-            ds -= delta[part]
-            ds *= p
-            torch.bmm(ds, units.spans(ku)[part], out=dq[part])
-            units.add_to_keys(dk, part, ds, scaled_qu[part])
-        dq *= scores.inverse_variance
+def blocked_backward(
+    grad: Tensor,  # [b, s, h, d]
+    saved: Sequence[Tensor],
+    log_sigma: Tensor,
+    *,
+    keys: Sequence[int],  # shape of k and v
+    window: int,
+    doc_start: Tensor | None,
+    dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and the sum over a row [b, s, h] of log_sigma's. The other arguments: as `blocked_forward`
+    took and gave."""
+    qu, ku, vu, saved_cut = saved
+    cut = saved_cut if saved_cut.numel() else None
+    units = _Units(grad.shape, keys, window, grad)
+    scores = _Scores(units, window, doc_start, log_sigma, dropout, seed)
+    do = units.rows(grad.to(units.compute))  # u r d
+    scaled_qu = qu * scores.inverse_variance
+    dq, dk, dv = torch.empty_like(qu), torch.zeros_like(ku), torch.zeros_like(vu)
+    for part in units.parts():
+        p = scores.weights(scores.of(qu, ku, part), cut, part)
+        ds = torch.bmm(do[part], units.spans(vu)[part].mT)  # u r span
+        if dropout > 0:
+            kept = scores.kept(part)
+            ds *= kept
+            units.add_to_keys(dv, part, p * kept, do[part])
+        else:
+            units.add_to_keys(dv, part, p, do[part])
+        ds *= p
+        ds -= p.mul_(ds.sum(-1, keepdim=True))  # the sum is D_i = dO_i . O_i, of an O that was not rounded
+        torch.bmm(ds, units.spans(ku)[part], out=dq[part])
+        units.add_to_keys(dk, part, ds, scaled_qu[part])
+    dq *= scores.inverse_variance
 
-        # z = q.k - |k|^2/2, hence dk_j = sum_i dS_ij q_i - k_j sum_i dS_ij, and the sum of dS z over a row is q'.dq'.
-        row_sums = units.positions_of_rows((qu * dq).sum(-1, keepdim=True))  # b s h 1
-        dlog_sigma = -2 * row_sums.sum((0, 1, 3))  # h
-        dk = dk[..., :-1] - dk[..., -1:] * ku[..., :-1]
-        dtype, sigma_dtype, sigma_shape = ctx.dtypes
-        return (
-            units.positions_of_rows(dq[..., :-1]).to(dtype),
-            units.positions_of_keys(dk).to(dtype),
-            units.positions_of_keys(dv).to(dtype),
-            (dlog_sigma if len(dlog_sigma) == sigma_shape[0] else dlog_sigma.sum(0, keepdim=True)).to(sigma_dtype),
-            *[None] * 5,
-        )
+    # z = q.k - |k|^2/2, hence dk_j = sum_i dS_ij q_i - k_j sum_i dS_ij, and the sum of dS z over a row is q'.dq'.
+    dlog_sigma = -2 * units.positions_of_rows((qu * dq).sum(-1, keepdim=True))[..., 0]
+    grad_k = grad.new_empty(tuple(keys), dtype=units.compute)
+    dk, ku = units.positions_of_keys(dk), units.positions_of_keys(ku)
+    torch.addcmul(dk[..., :-1], dk[..., -1:], ku[..., :-1], value=-1, out=grad_k)
+    return (
+        units.positions_of_rows(dq[..., :-1]).to(grad.dtype).contiguous(),
+        grad_k.to(grad.dtype),
+        units.positions_of_keys(dv).to(grad.dtype).contiguous(),
+        dlog_sigma,
+    )
 
 
 class _Units:
     """How positions are cut into units, and tensors laid out in them and back."""
 
-    def __init__(self, q: Tensor, k: Tensor, window: int):
-        self.b, self.s, self.h, _ = q.shape
-        self.s_k, self.h_kv = k.shape[1:3]
+    def __init__(self, queries: Sequence[int], keys: Sequence[int], window: int, like: Tensor):
+        self.b, self.s, self.h, _ = queries
+        self.s_k, self.h_kv = keys[1:3]
         self.group = self.h // self.h_kv
         self.block = min(max(window // 4, 16), 64)  # C: larger blocks multiply faster and waste more of each span
         self.reach = -(-(window - 1) // self.block) * self.block  # P
         self.span = self.reach + self.block
         self.blocks = -(-self.s_k // self.block)
         self.count = self.b * self.h_kv * self.blocks
-        self.compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.device = q.device
+        self.compute = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.device = like.device
 
     def parts(self) -> Iterator[slice]:
         """Slices of units that are worked on together."""
@@ -143,11 +138,29 @@ class _Units:
         for start in range(0, self.count, step):
             yield slice(start, min(start + step, self.count))
 
+    def augmented_rows(self, q: Tensor) -> Tensor:
+        """[b, s, h, d] -> [u, r, e]: q' = [q, 1]."""
+        by_block = self._by_block(q)
+        rows = q.new_empty((*by_block.shape[:-1], q.shape[-1] + 1), dtype=self.compute)
+        rows[..., :-1], rows[..., -1] = by_block, 1
+        return rows.view(self.count, self.group * self.block, -1)
+
+    def augmented_keys(self, k: Tensor) -> Tensor:
+        """[b, s_k, h_kv, d] -> [reach / C + u, C, e]: k' = [k, -|k|^2 / 2]."""
+        result = k.new_zeros((self.reach + self.count * self.block, k.shape[-1] + 1), dtype=self.compute)
+        keys = self._by_head(result)
+        keys[..., :-1] = k.transpose(1, 2)
+        keys[..., -1] = keys[..., :-1].square().sum(-1).mul_(-0.5)
+        return result.view(-1, self.block, k.shape[-1] + 1)
+
     def rows(self, x: Tensor) -> Tensor:
-        """[b, s, h, d] -> [u, r, d]; queries stand at the last s of the s_k key positions."""
+        """[b, s, h, d] -> [u, r, d]."""
+        return self._by_block(x).reshape(self.count, self.group * self.block, -1)
+
+    def _by_block(self, x: Tensor) -> Tensor:
+        """[b, s, h, d] -> [b, h_kv, blocks, g, C, d]; queries stand at the last s of the s_k key positions."""
         x = F.pad(x, (0, 0, 0, 0, self.s_k - self.s, self.blocks * self.block - self.s_k))
-        x = x.view(self.b, self.blocks, self.block, self.h_kv, self.group, -1).permute(0, 3, 1, 4, 2, 5)
-        return x.reshape(self.count, self.group * self.block, -1)
+        return x.view(self.b, self.blocks, self.block, self.h_kv, self.group, -1).permute(0, 3, 1, 4, 2, 5)
 
     def positions_of_rows(self, x: Tensor) -> Tensor:
         """[u, r, d] -> [b, s, h, d]."""
@@ -156,9 +169,13 @@ class _Units:
 
     def keys(self, x: Tensor) -> Tensor:
         """[b, s_k, h_kv, d] -> [reach / C + u, C, d]: zeros, then all sequences and heads, one behind the other."""
-        x = F.pad(x, (0, 0, 0, 0, 0, self.blocks * self.block - self.s_k)).transpose(1, 2)
-        x = F.pad(x.reshape(-1, x.shape[-1]), (0, 0, self.reach, 0)).contiguous()  # a padding of nothing keeps strides
-        return x.view(-1, self.block, x.shape[-1])
+        result = x.new_zeros((self.reach + self.count * self.block, x.shape[-1]), dtype=self.compute)
+        self._by_head(result).copy_(x.transpose(1, 2))
+        return result.view(-1, self.block, x.shape[-1])
+
+    def _by_head(self, keys: Tensor) -> Tensor:
+        """The part of such a tensor, before it is cut into blocks, that is not padding: [b, h_kv, s_k, d]."""
+        return keys[self.reach :].view(self.b, self.h_kv, self.blocks * self.block, -1)[:, :, : self.s_k]
 
     def spans(self, keys: Tensor) -> Tensor:
         """The overlapping view [u, span, d] of the keys that each unit meets."""
@@ -187,7 +204,7 @@ class _Scores:
         doc_start: Tensor | None,
         log_sigma: Tensor,
         dropout: float,
-        seed: int | None,
+        seed: int,
     ):
         self.units, self.dropout, self.seed = units, dropout, seed
         inverse = torch.exp(-2 * log_sigma.detach().to(units.compute)).expand(units.h)
@@ -236,7 +253,6 @@ class _Scores:
 
     def kept(self, part: slice) -> Tensor:
         """What dropout multiplies p with, [u, r, span]: 0 or 1 / (1 - dropout)."""
-        assert self.seed is not None
         units = self.units
         unit = torch.arange(part.start, part.stop, device=units.device)[:, None, None, None]
         first = unit % units.blocks * units.block

@@ -1,0 +1,138 @@
+"""How the Triton kernels of Krause attention are launched: what they share, and the sizes of their tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from megakrause.ops.grid import Grid
+from megakrause.ops.krause_tiles import CHEBYSHEV, MANHATTAN, WINDOW
+
+MAX_SELECTED = 1024  # keys a row may see where it selects: they are held in registers
+MAX_HEAD_DIM = 128
+INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; decided when they are imported
+
+
+class Tiles(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    tiles: int | None = None  # of columns, where their number is fixed
+
+
+def triton_refuses(q: Tensor, window: int | None, grid: Grid | None, top_k: int | None) -> str | None:
+    """What the kernels would take instead of these arguments; None if they take these."""
+    seen = window if grid is None else grid.tokens
+    assert seen is not None
+    if not q.is_cuda and not INTERPRETED:
+        return f"CUDA tensors, not {q.device.type} ones (but with TRITON_INTERPRET=1 set before the start)"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"float32, float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"heads of at most {MAX_HEAD_DIM} numbers, not {q.shape[-1]}"
+    if top_k is not None and top_k < seen and seen > MAX_SELECTED:
+        return f"a selection among at most {MAX_SELECTED} keys, not {seen}"
+    return None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call's sizes. window, grid: exactly one. top_k: None for no selection. bias: z = q.k - |k|^2 / 2, or q.k."""
+
+    b: int
+    s: int
+    s_k: int
+    h: int
+    h_kv: int
+    head_dim: int
+    itemsize: int
+    window: int | None
+    grid: Grid | None
+    top_k: int | None
+    docs: bool
+    dropout: float
+    seed: int
+    bias: bool = True
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, **settings: Any) -> Launch:
+        b, s, h, d = q.shape
+        return cls(b, s, k.shape[1], h, k.shape[2], d, q.element_size(), **settings)
+
+    @property
+    def padded_head_dim(self) -> int:
+        return max(16, triton.next_power_of_2(self.head_dim))
+
+    @cached_property
+    def pack(self) -> int:
+        """Query heads that share a program: the largest power of two that divides the group."""
+        group = self.h // self.h_kv
+        return min(group & -group, 16)
+
+    def select_tiles(self) -> Tiles:
+        """The scores take 64 registers a thread. A window's block of positions must lie within one tile of columns."""
+        seen = self.s_k if self.window is None else self.window
+        columns = min(max(16, triton.next_power_of_2(seen)), 64)
+        tiles = triton.cdiv(seen, columns)
+        held = columns * tiles
+        rows, warps = (64, 4) if held <= 128 else (64, 8) if held <= 256 else (32, 8) if held <= 512 else (16, 8)
+        if self.window is not None:
+            rows = min(rows, columns * self.pack)
+        return Tiles(max(rows, self.pack), columns, warps, 2, tiles)
+
+    def attend_tiles(self) -> Tiles:
+        return Tiles(64, 64, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
+
+    def grad_queries_tiles(self) -> Tiles:
+        return Tiles(64, 32, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
+
+    def grad_keys_tiles(self) -> Tiles:
+        return Tiles(32, 64, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
+
+    def by_rows(self, kernel: Any, tiles: Tiles, *arguments: Any) -> None:
+        """Launches a kernel that works on blocks of rows."""
+        blocks = triton.cdiv(self.s, tiles.rows // self.pack)
+        self._by_tiles(kernel, blocks * self.b * (self.h // self.pack), tiles, arguments)
+
+    def by_keys(self, kernel: Any, tiles: Tiles, *arguments: Any) -> None:
+        """Launches a kernel that works on blocks of keys."""
+        self._by_tiles(kernel, triton.cdiv(self.s_k, tiles.columns) * self.b * self.h_kv, tiles, arguments)
+
+    def _by_tiles(self, kernel: Any, programs: int, tiles: Tiles, arguments: tuple[Any, ...]) -> None:
+        constants = self.constants | {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
+        if tiles.tiles is not None:
+            constants["TILES"] = tiles.tiles
+        self.run(kernel, programs, (*arguments, *self.scalars), constants, tiles.warps, tiles.stages)
+
+    def run(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int
+    ) -> None:
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+
+    @property
+    def scalars(self) -> tuple[int | float, ...]:
+        """S, S_K, H, H_KV, window, width, radius, seed, dropout_threshold, dropout_scale."""
+        width, radius = (self.grid.width, self.grid.radius) if self.grid is not None else (1, 0)
+        threshold = round(self.dropout * 2**32) - 2**31
+        sizes = self.s, self.s_k, self.h, self.h_kv, self.window or 0, width, radius
+        return *sizes, self.seed, threshold, 1 / (1 - self.dropout)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        kind = WINDOW if self.grid is None else MANHATTAN if self.grid.metric == "manhattan" else CHEBYSHEV
+        return {
+            "HEAD_DIM": self.head_dim,
+            "D": self.padded_head_dim,
+            "KIND": kind.value,
+            "CLS": self.grid is not None and self.grid.cls,
+            "BIAS": self.bias,
+            "DOCS": self.docs,
+            "DROPOUT": self.dropout > 0,
+            "PACK": self.pack,
+        }
