@@ -1,4 +1,4 @@
-"""Self-attention with either core, and the cache that lets it go on from where it stopped.
+"""Self-attention with either core, and the caches that let it go on from where it stopped.
 
 Shapes: b batch, s new positions, s_k key positions, e width, h query heads, d head size.
 """
@@ -13,38 +13,46 @@ from torch import Tensor, nn
 from megakrause.config import ModelConfig
 from megakrause.models.init import constant, normal
 from megakrause.ops.krause import krause_attention
+from megakrause.ops.krause_decode import KeyRing, krause_decode
 from megakrause.ops.rotary import apply_rotary
 from megakrause.ops.softmax import causal_mask, softmax_attention
 
 
-class KeyValueCache:
-    """Keys and values that one layer has seen: the last `limit` of them, or all.
+class GrowingCache:
+    """All keys, after rotation, and values that one softmax layer has seen."""
 
-    Keys are kept after rotation, in order of position."""
-
-    def __init__(self, limit: int | None):
-        self.limit = limit
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    def __len__(self) -> int:
-        return 0 if self.k is None else self.k.shape[1]
+    def __init__(self) -> None:
+        self.length = 0
+        self._kv: Tensor | None = None  # 2 b positions h_kv d, with room to grow
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [b, s, h_kv, d]; returns the keys and values that the new positions attend over, [b, s_k, h_kv, d]."""
-        if self.k is not None and self.v is not None:
-            k, v = torch.cat([self.k, k], dim=1), torch.cat([self.v, v], dim=1)
-        if self.limit is None or k.shape[1] <= self.limit:
-            self.k, self.v = k, v
-        else:  # copies, so that what is left out is freed
-            self.k, self.v = k[:, -self.limit :].clone(), v[:, -self.limit :].clone()
-        return k, v
+        """Adds [b, s, h_kv, d]; returns all."""
+        start, self.length = self.length, self.length + k.shape[1]
+        b, _, h_kv, d = k.shape
+        if self._kv is None or self.length > self._kv.shape[2]:
+            room = k.new_empty(2, b, 2 * self.length, h_kv, d)
+            if self._kv is not None:
+                room[:, :, :start] = self._kv[:, :, :start]
+            self._kv = room
+        self._kv[0, :, start : self.length], self._kv[1, :, start : self.length] = k, v
+        return self._kv[0, :, : self.length], self._kv[1, :, : self.length]
+
+
+class WindowCache:
+    """The last `window` keys, after rotation, and values that one Krause layer has seen; None before the first."""
+
+    def __init__(self) -> None:
+        self.ring: KeyRing | None = None
+
+
+Cache = GrowingCache | WindowCache
 
 
 @dataclass
 class Sequence:
     """What all layers need to know of the positions they work on."""
 
+    start: int  # position of the first
     length: int
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, [s, d]
     doc_start: Tensor | None  # int32 [b, s]; not together with a cache
@@ -65,21 +73,33 @@ class KrauseCore(nn.Module):
         sigma = torch.tensor(config.sigma)
         self.log_sigma = constant(nn.Parameter(torch.empty(config.heads)), float(sigma.log()))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
+        if cache is not None:
+            assert isinstance(cache, WindowCache)
+            cache.ring = cache.ring or KeyRing(self.window, k)
+            if sequence.length == 1:
+                position = torch.full((len(q),), sequence.start, dtype=torch.int32, device=q.device)
+                return krause_decode(q, k, v, self.log_sigma, cache.ring, position, top_k=self.top_k)
+            earlier_k, earlier_v = cache.ring.before(sequence.start)
+            cache.ring.fill(k, v, sequence.start)
+            k, v = torch.cat([earlier_k, k], dim=1), torch.cat([earlier_v, v], dim=1)
         return krause_attention(
             q, k, v, self.log_sigma, window=self.window, top_k=self.top_k, doc_start=sequence.doc_start
         )
 
-    def new_cache(self) -> KeyValueCache:
-        return KeyValueCache(limit=self.window)
+    def new_cache(self) -> Cache:
+        return WindowCache()
 
 
 class SoftmaxCore(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
+        if cache is not None:
+            assert isinstance(cache, GrowingCache)
+            k, v = cache.extend(k, v)
         return softmax_attention(q, k, v, sequence.mask(k.shape[1], q.device))
 
-    def new_cache(self) -> KeyValueCache:
-        return KeyValueCache(limit=None)
+    def new_cache(self) -> Cache:
+        return GrowingCache()
 
 
 class SelfAttention(nn.Module):
@@ -95,15 +115,13 @@ class SelfAttention(nn.Module):
         self.value = linear(config.width, self.kv_heads * self.head_size, config.init_std, bias=config.qkv_bias)
         self.output = linear(self.heads * self.head_size, config.width, config.init_std / (2 * config.layers) ** 0.5)
 
-    def forward(self, x: Tensor, sequence: Sequence, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
         q = self.query(x).unflatten(-1, (self.heads, self.head_size))  # b s h d
         k = self.key(x).unflatten(-1, (self.kv_heads, self.head_size))
         v = self.value(x).unflatten(-1, (self.kv_heads, self.head_size))
         if sequence.rotary is not None:
             q, k = apply_rotary(q, *sequence.rotary), apply_rotary(k, *sequence.rotary)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        return self.output(self.core(q, k, v, sequence).flatten(-2))  # b s e
+        return self.output(self.core(q, k, v, sequence, cache).flatten(-2))  # b s e
 
 
 def linear(inputs: int, outputs: int, std: float, *, bias: bool = False) -> nn.Linear:

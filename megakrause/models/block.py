@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakrause.config import ModelConfig
-from megakrause.models.attention import KeyValueCache, SelfAttention, Sequence, linear
+from megakrause.models.attention import Cache, SelfAttention, Sequence, linear
 from megakrause.models.init import constant
 
 
@@ -44,9 +44,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, sequence: Sequence, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), sequence, cache)
         return x + self.mlp(self.mlp_norm(x))
 
-    def new_cache(self) -> KeyValueCache:
+    def new_cache(self) -> Cache:
         return self.attention.core.new_cache()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
-from megakrause.models.attention import KeyValueCache, Sequence, linear
+from megakrause.models.attention import Cache, Sequence, linear
 from megakrause.models.block import Block, RMSNorm
 from megakrause.models.init import normal
 from megakrause.ops.rotary import rotary_angles
@@ -16,7 +16,7 @@ from megakrause.ops.rotary import rotary_angles
 class ModelCache:
     """The layers' caches and how many positions went through them."""
 
-    def __init__(self, layers: list[KeyValueCache]):
+    def __init__(self, layers: list[Cache]):
         self.layers = layers
         self.position = 0
 
@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
         rotary = None
         if self.config.positions == "rope":
             rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
-        sequence = Sequence(s, rotary, doc_start)
+        sequence = Sequence(start, s, rotary, doc_start)
         x = self.embedding(tokens, positions)
         for i, block in enumerate(self.blocks):
             x = block(x, sequence, None if cache is None else cache.layers[i])

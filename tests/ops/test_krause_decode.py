@@ -1,0 +1,121 @@
+"""One token at a time over a ring of keys is Krause attention over the whole sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megakrause import krause_attention
+from megakrause.ops.krause_decode import KeyRing, krause_decode, krause_decode_operator
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+# b, h, h_kv, d, window, top_k, positions
+SHAPES = [
+    (2, 4, 2, 16, 7, 3, 20),
+    (1, 3, 3, 24, 16, None, 40),
+    (1, 8, 1, 32, 100, 20, 130),
+    (2, 2, 1, 8, 33, 40, 50),
+    (1, 6, 2, 16, 1, 1, 5),
+    (1, 16, 1, 96, 130, 64, 150),
+    (1, 2, 2, 128, 64, 1, 70),
+]
+
+
+def lattice(*shape: int, seed: int) -> Tensor:
+    """Multiples of 1/8, of which z is exact."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 8).round() / 8
+
+
+def inputs(b: int, s: int, h: int, h_kv: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kv = (b, s, h_kv, d)
+    return lattice(b, s, h, d, seed=0), lattice(*kv, seed=1), lattice(*kv, seed=2), torch.linspace(0, 1, h)
+
+
+def at(position: int, b: int) -> Tensor:
+    return torch.full((b,), position, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 5, 19, 200])
+@pytest.mark.parametrize("b, h, h_kv, d, window, top_k, s", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_token_by_token_equals_the_whole(
+    backend: str, b: int, h: int, h_kv: int, d: int, window: int, top_k: int | None, s: int, prompt: int
+) -> None:
+    prompt = min(prompt, s - 1)
+    start = max(prompt, s - 12 if backend == "triton" else 0)  # the interpreter is slow
+    q, k, v, log_sigma = inputs(b, s, h, h_kv, d)
+    expected = krause_attention(*(x.double() for x in (q, k, v, log_sigma)), window=window, top_k=top_k)
+    ring = KeyRing(window, k)
+    ring.fill(k[:, :prompt], v[:, :prompt], 0)
+    ring.fill(k[:, prompt:start], v[:, prompt:start], prompt)
+    for i in range(start, s):
+        step = (x[:, i : i + 1] for x in (q, k, v))
+        out = krause_decode(*step, log_sigma, ring, at(i, b), top_k=top_k, backend=backend)
+        # Each sum has at most `window` terms of a convex combination of values.
+        torch.testing.assert_close(out.double(), expected[:, i : i + 1], rtol=0, atol=window * 4e-7)
+    before_k, before_v = ring.before(s)
+    assert torch.equal(before_k, k[:, max(0, s - window + 1) :])
+    assert torch.equal(before_v, v[:, max(0, s - window + 1) :])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sequences_of_a_batch_may_stand_at_different_positions(backend: str) -> None:
+    window, s = 9, 30
+    q, k, v, log_sigma = inputs(3, s, 4, 2, 16)
+    positions = [4, 9, 29]
+    ring = KeyRing(window, k)
+    for n, position in enumerate(positions):
+        one = KeyRing(window, k[:1])
+        one.fill(k[n : n + 1, :position], v[n : n + 1, :position], 0)
+        ring.k[n], ring.v[n], ring.half_squares[n] = one.k[0], one.v[0], one.half_squares[0]
+    index = torch.arange(3), torch.tensor(positions)
+    out = krause_decode(
+        *(x[index][:, None] for x in (q, k, v)),
+        log_sigma,
+        ring,
+        torch.tensor(positions, dtype=torch.int32),
+        top_k=4,
+        backend=backend,
+    )
+    expected = krause_attention(q, k, v, log_sigma, window=window, top_k=4, backend="reference")
+    torch.testing.assert_close(out[:, 0], expected[index], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_lies_in_slots_not_yet_written_does_not_matter(backend: str) -> None:
+    q, k, v, log_sigma = inputs(1, 3, 2, 1, 16)
+    ring = KeyRing(8, k)
+    ring.k.fill_(1e4), ring.v.fill_(1e4)
+    ring.fill(k[:, :2], v[:, :2], 0)
+    step = (x[:, 2:] for x in (q, k, v))
+    out = krause_decode(*step, log_sigma, ring, at(2, 1), backend=backend)
+    expected = krause_attention(q, k, v, log_sigma, window=8, backend="reference")[:, 2:]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+def test_float64_and_bfloat16_work_on_the_cpu() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        q, k, v, log_sigma = (x.to(dtype) for x in inputs(1, 6, 2, 1, 8))
+        ring = KeyRing(4, k)
+        ring.fill(k[:, :5], v[:, :5], 0)
+        out = krause_decode(q[:, 5:], k[:, 5:], v[:, 5:], log_sigma, ring, at(5, 1), top_k=2, backend="torch")
+        expected = krause_attention(q, k, v, log_sigma, window=4, top_k=2, backend="reference")[:, 5:]
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_operator_keeps_torch_librarys_rules(backend: str) -> None:
+    q, k, v, log_sigma = inputs(2, 1, 4, 2, 16)
+    ring = KeyRing(8, k)
+    arguments = (q, k, v, log_sigma, ring.k, ring.v, ring.half_squares, at(0, 2), 3, backend)
+    torch.library.opcheck(krause_decode_operator, arguments)
+
+
+def test_a_backend_that_cannot_take_the_ring_says_so() -> None:
+    q, k, v, log_sigma = inputs(1, 1, 2, 1, 8)
+    with pytest.raises(
+        ValueError, match="backend = 'triton' takes a selection among at most 1024 keys, not 2000.*'torch'"
+    ):
+        krause_decode(q, k, v, log_sigma, KeyRing(2000, k), at(0, 1), top_k=3, backend="triton")
