@@ -21,11 +21,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
-AttentionKind = Literal["krause", "softmax"]
+AttentionKind = Literal["krause", "softmax", "softmax_window"]
 
 
 class ModelConfig(Section):
-    """A decoder language model of the Llama kind; each layer's attention is Krause or softmax."""
+    """A decoder language model of the Llama kind; each layer's attention is Krause, softmax or windowed softmax."""
 
     kind: Literal["lm"] = "lm"
     layers: int = Field(gt=0)
@@ -37,7 +37,9 @@ class ModelConfig(Section):
     attention: AttentionKind | list[AttentionKind] = Field(
         default="krause", description="one word for all layers, or one word a layer"
     )
-    window: int | None = Field(default=None, gt=0, description="keys a Krause query sees, itself included")
+    window: int | None = Field(
+        default=None, gt=0, description="keys that a query sees, itself included; not of softmax layers"
+    )
     top_k: int | None = Field(default=None, gt=0, description="keys kept per Krause query; left out: the whole window")
     sigma: float = Field(default=2.5, gt=0, description="initial width of the RBF kernel of every head")
     qkv_bias: bool = False
@@ -70,8 +72,10 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.attention lists {len(self.attention)} layers, model.layers = {self.layers}; they must agree"
             )
-        if "krause" in self.attention_of_layers and self.window is None:
-            raise ValueError("model.window is missing; a Krause layer needs one, such as model.window = 128")
+        if self.window is None and set(self.attention_of_layers) != {"softmax"}:
+            raise ValueError(
+                "model.window is missing; krause and softmax_window layers need one, such as model.window = 128"
+            )
         if self.positions == "learned" and self.max_positions is None:
             raise ValueError("model.max_positions is missing; learned positions need one, at least train.seq_len")
         return self
@@ -80,6 +84,11 @@ class ModelConfig(Section):
     def attention_of_layers(self) -> list[AttentionKind]:
         """The attention of each layer, in order."""
         return self.attention if isinstance(self.attention, list) else [self.attention] * self.layers
+
+    @property
+    def window_of_layers(self) -> list[int | None]:
+        """How many keys a query of each layer sees at most, itself included; None for all."""
+        return [None if kind == "softmax" else self.window for kind in self.attention_of_layers]
 
     @property
     def num_kv_heads(self) -> int:

@@ -17,7 +17,6 @@ from megakrause.errors import UserError
 from megakrause.models.attention import GrowingCache
 from megakrause.models.build import build_model
 from megakrause.models.lm import LanguageModel, ModelCache
-from megakrause.ops.krause_decode import KeyRing
 
 MODEL = dict(layers=4, width=256, heads=4, kv_heads=2, mlp_width=768, window=128, top_k=64)
 VOCABULARY = 4096
@@ -81,10 +80,9 @@ def make_cache(model: LanguageModel, batch: int, position: int) -> ModelCache:
         seen = min(position, MODEL["window"]) if config.attention == "krause" else position
         k, v = torch.randn(2, batch, seen, config.num_kv_heads, config.head_size, dtype=weight.dtype).to(weight.device)
         if isinstance(layer, GrowingCache):
-            layer.extend(k, v)
+            layer.extend(k, v, 0)
         else:
-            layer.ring = KeyRing(MODEL["window"], k)
-            layer.ring.fill(k, v, position - seen)
+            layer.ring(k).fill(k, v, position - seen)
     return cache
 
 
@@ -93,6 +91,3 @@ def _step(model: LanguageModel, cache: ModelCache, token: torch.Tensor, position
     for _ in range(TOKENS):
         model(token, cache=cache)
     cache.position = position
-    for layer in cache.layers:
-        if isinstance(layer, GrowingCache):
-            layer.length = position

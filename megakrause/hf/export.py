@@ -105,7 +105,7 @@ def hf_config(model: ModelConfig, max_length: int, special_ids: dict[str, int]) 
         "tie_word_embeddings": model.tie_embeddings,
         "dtype": "float32",
     }
-    plain = model.positions == "rope" and "krause" not in model.attention_of_layers
+    plain = model.positions == "rope" and set(model.attention_of_layers) == {"softmax"}
     if plain and model.width % model.heads == 0:  # which Llama insists on, whatever head_dim is
         rope = {"rope_type": "default", "rope_theta": model.rope_theta}
         if model.qkv_bias:

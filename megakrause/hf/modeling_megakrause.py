@@ -83,7 +83,7 @@ class MegakrauseConfig(PretrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What `DynamicCache` reads: a Krause layer caches like one with a sliding window, only its weights differ."""
-        return ["sliding_attention" if kind == "krause" else "full_attention" for kind in self.attention]
+        return ["full_attention" if kind == "softmax" else "sliding_attention" for kind in self.attention]
 
 
 def krause_attention(
@@ -118,14 +118,17 @@ def krause_attention(
     return torch.cat(outputs, dim=-2).flatten(1, 2).to(dtype)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Tensor | None) -> Tensor:
     """Arguments and result as of `krause_attention`."""
     s, s_k = q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if segments is None and s in (1, s_k):
+    if window is not None and window < s_k and s == 1:
+        k, v = k[:, :, -window:], v[:, :, -window:]
+        segments, s_k, window = None if segments is None else segments[:, -window:], window, None
+    if segments is None and s in (1, s_k) and (window is None or window >= s_k):
         return F.scaled_dot_product_attention(q, k, v, is_causal=s > 1)
     positions = torch.arange(s_k, device=q.device)
-    seen = visible(positions[-s:], positions, s_k, segments)
+    seen = visible(positions[-s:], positions, window or s_k, segments)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.flatten(1, 2))
 
 
@@ -168,7 +171,8 @@ class MegakrauseAttention(nn.Module):
     def __init__(self, config: MegakrauseConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.window, self.top_k, self.sigma = config.krause_window, config.krause_top_k, config.krause_sigma
+        self.window = None if config.attention[layer] == "softmax" else config.krause_window
+        self.top_k, self.sigma = config.krause_top_k, config.krause_sigma
         q_width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
@@ -190,7 +194,7 @@ class MegakrauseAttention(nn.Module):
         if segments is not None:
             segments = segments[:, -k.shape[2] :]
         if self.log_sigma is None:
-            out = softmax_attention(q, k, v, segments)
+            out = softmax_attention(q, k, v, self.window, segments)
         else:
             assert self.window is not None
             out = krause_attention(q, k, v, self.log_sigma, self.window, self.top_k, segments)

@@ -5,7 +5,8 @@ Shapes: b batch, s new positions, s_k key positions, e width, h query heads, d h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +26,37 @@ class GrowingCache:
         self.length = 0
         self._kv: Tensor | None = None  # 2 b positions h_kv d, with room to grow
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [b, s, h_kv, d]; returns all."""
-        start, self.length = self.length, self.length + k.shape[1]
+    def extend(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Adds those of `position` and following, [b, s, h_kv, d]; returns all."""
+        self.length = position + k.shape[1]
         b, _, h_kv, d = k.shape
         if self._kv is None or self.length > self._kv.shape[2]:
             room = k.new_empty(2, b, 2 * self.length, h_kv, d)
             if self._kv is not None:
-                room[:, :, :start] = self._kv[:, :, :start]
+                room[:, :, :position] = self._kv[:, :, :position]
             self._kv = room
-        self._kv[0, :, start : self.length], self._kv[1, :, start : self.length] = k, v
+        self._kv[0, :, position : self.length], self._kv[1, :, position : self.length] = k, v
         return self._kv[0, :, : self.length], self._kv[1, :, : self.length]
 
 
 class WindowCache:
-    """The last `window` keys, after rotation, and values that one Krause layer has seen; None before the first."""
+    """The last `window` keys, after rotation, and values that one layer has seen."""
 
-    def __init__(self) -> None:
-        self.ring: KeyRing | None = None
+    def __init__(self, window: int):
+        self.window = window
+        self._ring: KeyRing | None = None
+
+    def ring(self, k: Tensor) -> KeyRing:
+        """The keys and values so far, or an empty ring for keys such as these."""
+        self._ring = self._ring or KeyRing(self.window, k)
+        return self._ring
+
+    def extend(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Adds those of `position` and following, [b, s, h_kv, d]; returns all that these may see."""
+        ring = self.ring(k)
+        earlier_k, earlier_v = ring.before(position)
+        ring.fill(k, v, position)
+        return torch.cat([earlier_k, k], dim=1), torch.cat([earlier_v, v], dim=1)
 
 
 Cache = GrowingCache | WindowCache
@@ -56,13 +70,13 @@ class Sequence:
     length: int
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, [s, d]
     doc_start: Tensor | None  # int32 [b, s]; not together with a cache
-    _mask: tuple[int, Tensor | None] | None = None
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
 
-    def mask(self, s_k: int, device: torch.device) -> Tensor | None:
-        """The softmax layers' mask, built by the first of them."""
-        if self._mask is None or self._mask[0] != s_k:
-            self._mask = s_k, causal_mask(self.length, s_k, self.doc_start, device)
-        return self._mask[1]
+    def mask(self, s_k: int, window: int | None, device: torch.device) -> Tensor | None:
+        """The mask of the softmax layers with this window, built by the first of them."""
+        if (s_k, window) not in self._masks:
+            self._masks[s_k, window] = causal_mask(self.length, s_k, self.doc_start, device, window)
+        return self._masks[s_k, window]
 
 
 class KrauseCore(nn.Module):
@@ -76,30 +90,33 @@ class KrauseCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
         if cache is not None:
             assert isinstance(cache, WindowCache)
-            cache.ring = cache.ring or KeyRing(self.window, k)
             if sequence.length == 1:
                 position = torch.full((len(q),), sequence.start, dtype=torch.int32, device=q.device)
-                return krause_decode(q, k, v, self.log_sigma, cache.ring, position, top_k=self.top_k)
-            earlier_k, earlier_v = cache.ring.before(sequence.start)
-            cache.ring.fill(k, v, sequence.start)
-            k, v = torch.cat([earlier_k, k], dim=1), torch.cat([earlier_v, v], dim=1)
+                return krause_decode(q, k, v, self.log_sigma, cache.ring(k), position, top_k=self.top_k)
+            k, v = cache.extend(k, v, sequence.start)
         return krause_attention(
             q, k, v, self.log_sigma, window=self.window, top_k=self.top_k, doc_start=sequence.doc_start
         )
 
     def new_cache(self) -> Cache:
-        return WindowCache()
+        return WindowCache(self.window)
 
 
 class SoftmaxCore(nn.Module):
+    """Full, or over a window."""
+
+    def __init__(self, window: int | None):
+        super().__init__()
+        self.window = window
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
         if cache is not None:
-            assert isinstance(cache, GrowingCache)
-            k, v = cache.extend(k, v)
-        return softmax_attention(q, k, v, sequence.mask(k.shape[1], q.device))
+            k, v = cache.extend(k, v, sequence.start)
+        mask = partial(sequence.mask, k.shape[1], self.window, q.device)
+        return softmax_attention(q, k, v, window=self.window, doc_start=sequence.doc_start, mask=mask)
 
     def new_cache(self) -> Cache:
-        return GrowingCache()
+        return GrowingCache() if self.window is None else WindowCache(self.window)
 
 
 class SelfAttention(nn.Module):
@@ -109,7 +126,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_size = config.heads, config.num_kv_heads, config.head_size
         kind = config.attention_of_layers[layer]
-        self.core: KrauseCore | SoftmaxCore = KrauseCore(config) if kind == "krause" else SoftmaxCore()
+        window = config.window_of_layers[layer]
+        self.core: KrauseCore | SoftmaxCore = KrauseCore(config) if kind == "krause" else SoftmaxCore(window)
         self.query = linear(config.width, self.heads * self.head_size, config.init_std, bias=config.qkv_bias)
         self.key = linear(config.width, self.kv_heads * self.head_size, config.init_std, bias=config.qkv_bias)
         self.value = linear(config.width, self.kv_heads * self.head_size, config.init_std, bias=config.qkv_bias)

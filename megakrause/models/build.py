@@ -24,14 +24,14 @@ def count_parameters(model: nn.Module) -> int:
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations that training needs for one token: forward and twice as many backward, products only.
 
-    A query of a Krause layer meets at most `window` keys, one of a softmax layer (seq_len + 1) / 2 on average; document
-    masks are not taken into account."""
+    A query meets at most its layer's `window` keys, or (seq_len + 1) / 2 on average; document masks are not taken into
+    account."""
     assert config.vocab_size is not None
     q, kv = config.heads * config.head_size, config.num_kv_heads * config.head_size
     weights = config.layers * (config.width * (2 * q + 2 * kv) + 3 * config.width * config.mlp_width)
     weights += config.width * config.vocab_size
     scores = 0.0
-    for kind in config.attention_of_layers:
-        window = min(config.window or seq_len, seq_len) if kind == "krause" else seq_len
+    for limit in config.window_of_layers:
+        window = min(limit or seq_len, seq_len)
         scores += 2 * q * (window - window * (window - 1) / (2 * seq_len))
     return 3 * 2 * (weights + scores)

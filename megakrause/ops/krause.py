@@ -72,7 +72,7 @@ def krause_attention(
                 seed=seed,
             )
     seen = neighbourhood(window, grid)
-    return krause_attention_operator(q, k, v, log_sigma, seen, top_k, doc_start, dropout, seed or 0, backend)[0]
+    return krause_attention_operator(q, k, v, log_sigma, seen, top_k, doc_start, dropout, seed or 0, backend, True)[0]
 
 
 def _choose(q: Tensor, window: int | None, grid: Grid | None, top_k: int | None, backend: str) -> str:

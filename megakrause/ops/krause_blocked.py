@@ -39,11 +39,12 @@ def blocked_forward(
     doc_start: Tensor | None,
     dropout: float,
     seed: int,
+    bias: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """out [b, s, h, d], and what `blocked_backward` needs: q, k and v laid out in units, and the k-th largest z of each
     row, [u, r, 1], than which what is kept is not smaller; empty if all is kept."""
     units = _Units(q.shape, k.shape, window, q)
-    qu, ku, vu = units.augmented_rows(q), units.augmented_keys(k), units.keys(v)
+    qu, ku, vu = units.augmented_rows(q), units.augmented_keys(k, bias), units.keys(v)
     scores = _Scores(units, window, doc_start, log_sigma, dropout, seed)
     out = torch.empty_like(qu[..., :-1])  # u r d
     cut = None if top_k is None or top_k >= window else torch.empty_like(out[..., :1])
@@ -79,6 +80,7 @@ def blocked_backward(
     doc_start: Tensor | None,
     dropout: float,
     seed: int,
+    bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and the sum over a row [b, s, h] of log_sigma's. The other arguments: as `blocked_forward`
     took and gave."""
@@ -108,7 +110,7 @@ def blocked_backward(
     dlog_sigma = -2 * units.positions_of_rows((qu * dq).sum(-1, keepdim=True))[..., 0]
     grad_k = grad.new_empty(tuple(keys), dtype=units.compute)
     dk, ku = units.positions_of_keys(dk), units.positions_of_keys(ku)
-    torch.addcmul(dk[..., :-1], dk[..., -1:], ku[..., :-1], value=-1, out=grad_k)
+    torch.addcmul(dk[..., :-1], dk[..., -1:], ku[..., :-1], value=-1 if bias else 0, out=grad_k)
     return (
         units.positions_of_rows(dq[..., :-1]).to(grad.dtype).contiguous(),
         grad_k.to(grad.dtype),
@@ -145,12 +147,13 @@ class _Units:
         rows[..., :-1], rows[..., -1] = by_block, 1
         return rows.view(self.count, self.group * self.block, -1)
 
-    def augmented_keys(self, k: Tensor) -> Tensor:
-        """[b, s_k, h_kv, d] -> [reach / C + u, C, e]: k' = [k, -|k|^2 / 2]."""
+    def augmented_keys(self, k: Tensor, bias: bool) -> Tensor:
+        """[b, s_k, h_kv, d] -> [reach / C + u, C, e]: k' = [k, -|k|^2 / 2], or [k, 0] without the bias."""
         result = k.new_zeros((self.reach + self.count * self.block, k.shape[-1] + 1), dtype=self.compute)
         keys = self._by_head(result)
         keys[..., :-1] = k.transpose(1, 2)
-        keys[..., -1] = keys[..., :-1].square().sum(-1).mul_(-0.5)
+        if bias:
+            keys[..., -1] = keys[..., :-1].square().sum(-1).mul_(-0.5)
         return result.view(-1, self.block, k.shape[-1] + 1)
 
     def rows(self, x: Tensor) -> Tensor:

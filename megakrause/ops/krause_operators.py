@@ -25,7 +25,14 @@ def neighbourhood(window: int | None, grid: Grid | None) -> list[int]:
 
 
 def _launch(
-    q: Tensor, k: Tensor, seen: list[int], top_k: int | None, doc_start: Tensor | None, dropout: float, seed: int
+    q: Tensor,
+    k: Tensor,
+    seen: list[int],
+    top_k: int | None,
+    doc_start: Tensor | None,
+    dropout: float,
+    seed: int,
+    bias: bool,
 ) -> Launch:
     window, grid, size = seen[0], None, seen[0]
     if len(seen) > 1:
@@ -41,6 +48,7 @@ def _launch(
         docs=doc_start is not None,
         dropout=dropout,
         seed=seed,
+        bias=bias,
     )
 
 
@@ -56,17 +64,28 @@ def krause_attention_operator(
     dropout: float,
     seed: int,
     backend: str,
+    bias: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """out [b, s, h, d], and what the backend's backward pass needs besides the inputs."""
+    """out [b, s, h, d], and what the backend's backward pass needs besides the inputs. bias: z = q.k - |k|^2 / 2, the
+    definition; without it z = q.k, which is what windowed softmax attention needs."""
     with torch.autocast(q.device.type, enabled=False):  # it would compare z in bfloat16
         if backend == "blocked":
             out, saved = blocked_forward(
-                q, k, v, log_sigma, window=seen[0], top_k=top_k, doc_start=doc_start, dropout=dropout, seed=seed
+                q,
+                k,
+                v,
+                log_sigma,
+                window=seen[0],
+                top_k=top_k,
+                doc_start=doc_start,
+                dropout=dropout,
+                seed=seed,
+                bias=bias,
             )
             return out, list(saved)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         log_sigma = log_sigma.expand(q.shape[2]).contiguous()
-        launch = _launch(q, k, seen, top_k, doc_start, dropout, seed)
+        launch = _launch(q, k, seen, top_k, doc_start, dropout, seed, bias)
         out, lse, separator = krause_forward.forward(launch, q, k, v, log_sigma, doc_start)
         return out, [lse, separator]
 
@@ -83,6 +102,7 @@ def _(
     dropout: float,
     seed: int,
     backend: str,
+    bias: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     if backend == "blocked":
         return q.new_empty(q.shape), list(blocked_saved(q, k, seen[0], top_k))
@@ -101,6 +121,7 @@ def krause_attention_backward_operator(
     dropout: float,
     seed: int,
     backend: str,
+    bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dlog_sigma. keys: the shape of k and v. saved: see `_setup_context`."""
     with torch.autocast(grad.device.type, enabled=False):
@@ -114,11 +135,12 @@ def krause_attention_backward_operator(
                 doc_start=doc_start,
                 dropout=dropout,
                 seed=seed,
+                bias=bias,
             )
         else:
             q, k, v, *results = (x.contiguous() for x in saved)
             sigmas = log_sigma.expand(q.shape[2]).contiguous()
-            launch = _launch(q, k, seen, top_k, doc_start, dropout, seed)
+            launch = _launch(q, k, seen, top_k, doc_start, dropout, seed, bias)
             dq, dk, dv, row_sums = krause_backward.backward(
                 launch, grad.contiguous(), q, k, v, sigmas, doc_start, *results
             )
@@ -135,23 +157,23 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    q, k, v, log_sigma, seen, top_k, doc_start, dropout, seed, backend = inputs
+    q, k, v, log_sigma, seen, top_k, doc_start, dropout, seed, backend, bias = inputs
     out, saved = output
     # The blocked form lays q, k and v out anew, and needs neither them nor the result.
     ctx.save_for_backward(log_sigma, doc_start, *([] if backend == "blocked" else [q, k, v, out]), *saved)
     ctx.set_materialize_grads(False)  # zeros for each of `saved`
-    ctx.settings = list(k.shape), seen, top_k, dropout, seed, backend
+    ctx.settings = list(k.shape), seen, top_k, dropout, seed, backend, bias
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     log_sigma, doc_start, *saved = ctx.saved_tensors
-    keys, seen, top_k, dropout, seed, backend = ctx.settings
+    keys, seen, top_k, dropout, seed, backend, bias = ctx.settings
     gradients = krause_attention_backward_operator(
-        grad, saved, log_sigma, keys, seen, top_k, doc_start, dropout, seed, backend
+        grad, saved, log_sigma, keys, seen, top_k, doc_start, dropout, seed, backend, bias
     )
-    return *gradients, *[None] * 6
+    return *gradients, *[None] * 7
 
 
 krause_attention_operator.register_autograd(_backward, setup_context=_setup_context)

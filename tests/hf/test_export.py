@@ -34,6 +34,7 @@ KRAUSE, LLAMA, QWEN = "MegakrauseForCausalLM", "LlamaForCausalLM", "Qwen2ForCaus
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "krause": ({}, KRAUSE),
     "wide": ({"window": 40, "top_k": None, "tie_embeddings": True, "head_dim": 10}, KRAUSE),
+    "softmax window": ({"attention": "softmax_window"}, KRAUSE),
     "mixed": ({"attention": ["softmax", "krause", "softmax"], "qkv_bias": True, "rope_theta": 500.0}, KRAUSE),
     "learned": ({"positions": "learned", "max_positions": 50, "norm_eps": 1e-3}, KRAUSE),
     "softmax": (SOFTMAX | {"rope_theta": 500.0, "norm_eps": 1e-3}, LLAMA),

@@ -23,6 +23,8 @@ TINY: dict[str, Any] = dict(layers=3, width=24, heads=4, kv_heads=2, mlp_width=4
 CASES: dict[str, dict[str, Any]] = {
     "krause": {},
     "mixed": {"attention": ["krause", "softmax", "krause"]},
+    "softmax window": {"attention": "softmax_window"},
+    "all kinds": {"attention": ["softmax_window", "krause", "softmax"]},
     "softmax first": {"attention": ["softmax", "krause", "softmax"], "qkv_bias": True},
     "no selection": {"top_k": None, "kv_heads": None},
     "selection of all": {"top_k": 20, "kv_heads": 1},
@@ -153,7 +155,7 @@ def test_padding_changes_nothing(case: str) -> None:
         assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["krause", "mixed", "learned"])
+@pytest.mark.parametrize("case", ["krause", "mixed", "softmax window", "learned"])
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(case: str) -> None:
     ours, theirs = models(case)
@@ -200,7 +202,7 @@ def test_generation_with_and_without_cache_is_recomputation(case: str) -> None:
         tokens = token.view(1, 1)
 
 
-@pytest.mark.parametrize("case", ["krause", "mixed"])
+@pytest.mark.parametrize("case", ["krause", "mixed", "all kinds"])
 @torch.no_grad()
 def test_beams_are_reordered_in_the_cache(case: str) -> None:
     _, theirs = models(case)

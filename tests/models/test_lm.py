@@ -26,7 +26,9 @@ BASE: dict[str, Any] = dict(
 MODELS: dict[str, dict[str, Any]] = {
     "krause": {},
     "softmax": dict(attention="softmax"),
+    "softmax window": dict(attention="softmax_window"),
     "mixed": dict(attention=["krause", "softmax", "krause"]),
+    "all kinds": dict(attention=["softmax_window", "krause", "softmax"]),
     "whole window": dict(top_k=None, sigma=1.0),
     "learned positions": dict(positions="learned", max_positions=64),
     "window of one": dict(window=1, top_k=None),
@@ -93,8 +95,9 @@ def test_a_krause_layer_caches_a_window_at_most() -> None:
         first, middle, last = cache.layers
         assert middle.length == seen
         for layer in (first, last):
-            assert layer.ring.k.shape == layer.ring.v.shape == (2, WINDOW, 2, 4)
-            assert layer.ring.k.untyped_storage().nbytes() == layer.ring.k.nbytes  # it holds on to nothing else
+            ring = layer.ring(torch.empty(0))
+            assert ring.k.shape == ring.v.shape == (2, WINDOW, 2, 4)
+            assert ring.k.untyped_storage().nbytes() == ring.k.nbytes  # it holds on to nothing else
 
 
 @torch.no_grad()
@@ -113,7 +116,9 @@ def test_learned_positions_run_out_with_a_clear_error() -> None:
 # ---- who influences whom
 
 
-@pytest.mark.parametrize("attention", ["krause", "softmax", ["softmax", "krause", "softmax"]], ids=str)
+@pytest.mark.parametrize(
+    "attention", ["krause", "softmax", "softmax_window", ["softmax", "krause", "softmax_window"]], ids=str
+)
 @torch.no_grad()
 def test_documents_packed_in_one_sequence_are_as_alone(attention: Any) -> None:
     model = make_model(attention=attention)

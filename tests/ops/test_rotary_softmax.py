@@ -71,13 +71,14 @@ def test_rotation_is_that_of_llama(dtype: torch.dtype) -> None:
 # ---- softmax attention
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, window: int | None) -> Tensor:
     """One query after the other."""
     (b, s, h, d), (s_k, h_kv) = q.shape, k.shape[1:3]
     rows = []
     for n in range(b):
         for i in range(s):
             first = 0 if doc_start is None else int(doc_start[n, i])
+            first = first if window is None else max(first, s_k - s + i - window + 1)
             keys, values = (x[n, first : s_k - s + i + 1].repeat_interleave(h // h_kv, dim=1) for x in (k, v))
             p = torch.softmax(torch.einsum("hd,jhd->hj", q[n, i], keys) / d**0.5, dim=-1)
             rows.append(torch.einsum("hj,jhd->hd", p, values))
@@ -87,18 +88,19 @@ def dense(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None) -> Tensor:
 DOCUMENTS = [0, 0, 0, 3, 4, 5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 9, 20])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("s, s_k", [(1, 1), (1, 9), (5, 9), (9, 9)])
 @pytest.mark.parametrize("h, h_kv", [(2, 2), (4, 2), (4, 1)])
-def test_softmax_attention(s: int, s_k: int, h: int, h_kv: int, documents: bool) -> None:
+def test_softmax_attention(s: int, s_k: int, h: int, h_kv: int, documents: bool, window: int | None) -> None:
     q, k, v = random(2, s, h, 8, seed=1), random(2, s_k, h_kv, 8, seed=2), random(2, s_k, h_kv, 8, seed=3)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     doc_start = None
     if documents:
         doc_start = torch.tensor([DOCUMENTS[:s_k][-s:], [0] * s], dtype=torch.int32)
     upstream = random(2, s, h, 8, seed=4)
-    expected = dense(q, k, v, doc_start)
-    out = softmax_attention(q, k, v, causal_mask(s, s_k, doc_start, q.device))
+    expected = dense(q, k, v, doc_start, window)
+    out = softmax_attention(q, k, v, window=window, doc_start=doc_start)
     pairs = [(out, expected)]
     pairs += zip(
         torch.autograd.grad(out, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream), strict=True
