@@ -9,8 +9,11 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Losses and weights are compared with a CPU's, some bit for bit, and two ranks share what one machine has.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if not os.environ.get("MEGAKRAUSE_TEST_GPU"):
+    # Losses and weights are compared with a CPU's, some bit for bit, and two ranks share what one machine has.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Triton's kernels run on CPU tensors, one program after the other.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # An export's modelling file is copied into the Hugging Face cache when it is loaded; a copy from an earlier run, or
 # anything else in the user's cache, must not be what a test sees.

@@ -151,8 +151,8 @@ def select(tiles, num_seen, top_k, TILES: tl.constexpr):
     """Exact top-k of rows that lie in registers as a tuple of tiles [r, c], -inf where not seen.
 
     Returns (cut, separator), [r]: z >= cut is kept, which is the top_k largest and all ties with the last of them.
-    `separator` keeps the same keys of a z that was computed again in another order of summation, so it is not the k-th
-    z itself. Both are -inf for rows that see at most top_k keys.
+    `separator` keeps the same keys of a z that was computed again in another order of summation: it lies half-way down
+    to the next smaller z. Both are -inf for rows that see at most top_k keys.
 
     A bracket low <= k-th z < high is narrowed by counting. The first guess is the quantile of a normal distribution
     with the row's mean and variance; the next ones interpolate on rank, and later ones also halve. A row is done when
@@ -171,8 +171,7 @@ def select(tiles, num_seen, top_k, TILES: tl.constexpr):
         squares += tl.sum(z * z, 1)
         low = tl.minimum(low, tl.min(tl.where(seen, tiles[t], float("inf")), 1))
         high = tl.maximum(high, tl.max(tiles[t], 1))
-    margin = tl.maximum(tl.abs(low), tl.abs(high)) * 2.0**-21 + 2.0**-100
-    high += margin  # now none is >= high
+    high += tl.maximum(tl.abs(low), tl.abs(high)) * 2.0**-21 + 2.0**-100  # now none is >= high
     num_low, num_high = n, n * 0
 
     all_kept = n <= k
@@ -206,5 +205,7 @@ def select(tiles, num_seen, top_k, TILES: tl.constexpr):
             kth = tl.where(done, kth, largest_below(tiles, kth, TILES))
             busy = tl.max((~done).to(tl.int32), 0)
     cut = tl.where(split, low, kth)
-    separator = tl.where(split, low, kth - margin)
+    below = largest_below(tiles, cut, TILES)
+    separator = cut * 0.5 + below * 0.5
+    separator = tl.where(separator > below, separator, tl.where(below == float("-inf"), below, cut))
     return tl.where(all_kept, float("-inf"), cut), tl.where(all_kept, float("-inf"), separator)

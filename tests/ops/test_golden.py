@@ -21,8 +21,12 @@ CASES = [
     ("causal_attention", "blocked"),
     ("causal_attention_no_topk", "reference"),
     ("causal_attention_no_topk", "blocked"),
+    ("causal_attention", "triton"),
+    ("causal_attention_no_topk", "triton"),
     ("grid_attention_cross", "reference"),
     ("grid_attention_block", "reference"),
+    ("grid_attention_cross", "triton"),
+    ("grid_attention_block", "triton"),
 ]
 
 

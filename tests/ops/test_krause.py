@@ -1,15 +1,12 @@
 """Krause attention: both backends against each other, against independent oracles, and at the edges of their arguments.
 
-Inputs lie on a grid of 1/8: z is then exact in every dtype here, so ties are exact and no rounding can change which
-keys are kept. Shapes as in `ops/krause.py`.
+The Triton backend has tests of its own beside this file.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from dataclasses import dataclass, fields
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,41 +19,9 @@ from torch.utils._pytree import tree_leaves
 from megakrause import Grid, krause_attention
 from megakrause.ops import krause_blocked
 from megakrause.ops.krause_reference import visible
+from tests.ops.cases import NAMES, Case, error, inputs, on_grid, pairwise, run
 
-NAMES = ("q", "k", "v", "log_sigma")
 BACKENDS = ("reference", "blocked")
-
-
-def on_grid(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float64, spread: int = 12) -> Tensor:
-    """Random multiples of 1/8 between -spread/8 and spread/8."""
-    return (torch.randint(-spread, spread + 1, shape, generator=generator) / 8).to(dtype)
-
-
-def inputs(
-    b: int = 2, s: int = 40, heads: int = 2, kv_heads: int = 2, halo: int = 0, d: int = 4, sigmas: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, log_sigma in float64, the same for the same shapes."""
-    generator = torch.Generator().manual_seed(s)
-    q = on_grid(b, s, heads, d, generator=generator)
-    k, v = (on_grid(b, s + halo, kv_heads, d, generator=generator) for _ in range(2))
-    log_sigma = on_grid(sigmas or heads, generator=generator, spread=4) + 0.5
-    return q, k, v, log_sigma
-
-
-def run(tensors: tuple[Tensor, ...], dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tensor]:
-    """Output and every gradient, by name, for a fixed upstream gradient."""
-    leaves = [t.to(dtype).requires_grad_() for t in tensors]
-    out = krause_attention(*leaves, **options)
-    upstream = on_grid(*out.shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
-    gradients = torch.autograd.grad(out, leaves, upstream)
-    assert out.dtype == dtype and [g.dtype for g in gradients] == [dtype] * 4
-    return {"out": out.detach()} | dict(zip(NAMES, gradients, strict=True))
-
-
-def error(actual: Tensor, expected: Tensor, terms: int) -> float:
-    """L2 error relative to what is expected or, where sums cancel, to that many terms of 1."""
-    difference = actual.detach().double() - expected.detach().double()
-    return float(difference.norm() / max(terms**0.5, float(expected.detach().norm())))
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-13) -> None:
@@ -69,20 +34,10 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 # ---- the blocked backend against the reference
 
 
-@dataclass(frozen=True)
-class Case:
-    s: int
-    window: int
-    top_k: str
-    heads: tuple[int, int]  # query heads, kv heads
-    halo: str
-    documents: str
-    sigmas: str
-    dropout: float
-
-    @staticmethod
-    def values() -> dict[str, list[Any]]:
-        return {
+CASES = [
+    Case(**settings)
+    for settings in pairwise(
+        {
             "s": [1, 2, 63, 64, 111, 130, 300],
             "window": [1, 2, 5, 16, 63, 64, 100, 257],
             "top_k": ["none", "1", "3", "W-1", "W", "W+1"],
@@ -92,71 +47,8 @@ class Case:
             "sigmas": ["one a head", "one"],
             "dropout": [0.0, 0.3],
         }
-
-    def __str__(self) -> str:
-        return "-".join(f"{f.name}={getattr(self, f.name)}".replace(" ", "_") for f in fields(self))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        heads, kv_heads = self.heads
-        sigmas = 1 if self.sigmas == "one" else heads
-        return inputs(b=2, s=self.s, heads=heads, kv_heads=kv_heads, halo=self.extra_keys, sigmas=sigmas)
-
-    @property
-    def extra_keys(self) -> int:
-        return {"none": 0, "W-1": self.window - 1, "less": (self.window - 1) // 2, "more": self.window + 6}[self.halo]
-
-    def options(self) -> dict[str, Any]:
-        kept = {"none": None, "1": 1, "3": 3, "W-1": max(1, self.window - 1), "W": self.window, "W+1": self.window + 1}
-        return {
-            "window": self.window,
-            "top_k": kept[self.top_k],
-            "doc_start": self.doc_start(),
-            "dropout": self.dropout,
-            "seed": 2**40 + 3 if self.dropout else None,
-        }
-
-    def doc_start(self) -> Tensor | None:
-        if self.documents == "none":
-            return None
-        choose = random.Random(self.s)
-        rows = [self.starts(choose) for _ in range(2)]
-        doc_start = torch.tensor(rows, dtype=torch.int32)
-        if self.documents == "empty rows":  # such as padding: the first key they may see lies behind them
-            doc_start[0, ::3] = self.s + self.extra_keys
-            doc_start[1] = torch.arange(1, self.s + 1) + self.extra_keys
-        return doc_start
-
-    def starts(self, choose: random.Random) -> list[int]:
-        """Document starts on the key axis: the first may begin before the first key, or anywhere in the halo."""
-        longest = 4 if self.documents == "short" else 2 * self.window
-        starts: list[int] = []
-        start = choose.randint(-2, self.extra_keys)
-        while len(starts) < self.s:
-            end = max(start + choose.randint(1, longest), self.extra_keys + len(starts) + 1)
-            count = min(end - self.extra_keys, self.s) - len(starts)
-            starts += [start] * count
-            start = end
-        return starts
-
-
-def all_pairs() -> list[Case]:
-    """Cases in which any two values of any two settings meet at least once, found greedily."""
-    values, choose = Case.values(), random.Random(0)
-    missing = {
-        pair for a, b in combinations(values, 2) for pair in product(*([(n, v) for v in values[n]] for n in (a, b)))
-    }
-    cases = []
-    while missing:
-        must = dict(min(missing, key=str))  # a pair that nothing covers yet; the rest of the case is the best of many
-        tries = [{n: choose.choice(v) for n, v in values.items()} | must for _ in range(60)]
-        covered = [set(combinations(t.items(), 2)) & missing for t in tries]
-        best = max(range(len(tries)), key=lambda i: len(covered[i]))
-        missing -= covered[best]
-        cases.append(Case(**tries[best]))
-    return cases
-
-
-CASES = all_pairs()
+    )
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
