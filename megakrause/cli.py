@@ -162,19 +162,74 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     kinds = benches.add_subparsers(metavar="WHAT", required=True)
 
     def attention(arguments: argparse.Namespace) -> None:
-        from megakrause.bench.attention import run
+        import torch
 
-        run(arguments.lengths, arguments.json)
+        from megakrause.bench.attention import Setting, run
+
+        gpu = torch.cuda.is_available()
+        lengths = arguments.lengths or [2**n for n in (range(10, 18) if gpu else range(10, 13))]
+        names = ("window", "top_k", "batch", "heads", "head_dim")
+        setting = Setting(
+            **{name: getattr(arguments, name) for name in names},
+            dtype=arguments.dtype or ("bfloat16" if gpu else "float32"),
+        )
+        run(setting, lengths, arguments.json, arguments.plot)
 
     parser = _command(
         kinds,
         "attention",
-        "Krause attention against the published dense arithmetic and torch's softmax attention.",
-        "  megakrause bench attention\n  megakrause bench attention --lengths 1024 4096 --json attention.json",
+        "Krause attention against the published dense arithmetic and torch's attention: time, memory, share of floor.",
+        "  megakrause bench attention --plot attention.png\n"
+        "  megakrause bench attention --window 256 --top-k 192 --heads 16 --dtype bfloat16 --json attention.json",
         attention,
     )
-    parser.add_argument("--lengths", type=_positive, nargs="+", default=[1024, 2048, 4096], help="sequence lengths")
+    parser.add_argument(
+        "--lengths", type=_positive, nargs="+", help="sequence lengths; default: 1024 to 4096, on a GPU to 131072"
+    )
+    parser.add_argument("--window", type=_positive, default=128, help="keys a query sees")
+    parser.add_argument("--top-k", type=_positive, default=64, help="keys it keeps")
+    parser.add_argument("--batch", type=_positive, default=1, help="sequences")
+    parser.add_argument("--heads", type=_positive, default=4, help="heads")
+    parser.add_argument("--head-dim", type=_positive, default=64, help="size of a head")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32, on a GPU bfloat16"
+    )
+    parser.add_argument("--json", type=Path, help="also write the tables here")
+    parser.add_argument("--plot", type=Path, help="also draw the times, as PNG")
+
+    def decode(arguments: argparse.Namespace) -> None:
+        from megakrause.bench.decode import run
+
+        run(arguments.positions, arguments.batch, arguments.json)
+
+    parser = _command(
+        kinds,
+        "decode",
+        "What one more token costs, near the start of a text and far into it.",
+        "  megakrause bench decode\n  megakrause bench decode --positions 100 100000 --batch 8",
+        decode,
+    )
+    default = [100, 1000, 10000, 100000]
+    parser.add_argument("--positions", type=_positive, nargs="+", default=default, help="tokens in the cache before")
+    parser.add_argument("--batch", type=_positive, default=1, help="sequences at once")
     parser.add_argument("--json", type=Path, help="also write the table here")
+
+    def kernels(arguments: argparse.Namespace) -> None:
+        from megakrause.bench.kernels import run
+
+        run(arguments.capabilities, arguments.all, arguments.json, arguments.markdown)
+
+    parser = _command(
+        kinds,
+        "kernels",
+        "Compile the Triton kernels for GPUs that need not be there: registers, stack, spills, shared memory.",
+        "  megakrause bench kernels\n  megakrause bench kernels --all --capabilities 90 --markdown kernels.md",
+        kernels,
+    )
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100], help="80 for sm_80, and so on")
+    parser.add_argument("--all", action="store_true", help="every configuration, not only one of each kernel")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--markdown", type=Path, help="also write it here, with what spills and why")
 
     def training(arguments: argparse.Namespace) -> None:
         from megakrause.bench.training import run

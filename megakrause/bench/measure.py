@@ -55,6 +55,14 @@ def peak_memory(run: Callable[[], Any]) -> int | None:
         return None
 
 
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy on the GPU reads and writes, both counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    seconds = take_turns({"copy": lambda: [target.copy_(source) for _ in range(8)]}, rounds=5)["copy"]
+    return 8 * 2 * len(source) / min(seconds)
+
+
 def machine() -> str:
     """The device, in words."""
     if torch.cuda.is_available():

@@ -121,7 +121,7 @@ def select_and_attend(
     highest = tl.where(num_seen > 0, highest, 0.0)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, D], tl.float32)
-    for t in tl.static_range(TILES):
+    for t in tl.static_range(TILES - 1, -1, -1):  # tile 0, which is two, last: the others' registers are free by then
         p = tl.where(tiles[t] >= cut[:, None], tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]), 0.0)
         total += tl.sum(p, 1)
         j = newest + t * STEP + column

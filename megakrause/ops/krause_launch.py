@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -59,10 +59,14 @@ class Launch:
     dropout: float
     seed: int
     bias: bool = True
+    capability: int = 90  # of the GPU: 90 for sm_90
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, **settings: Any) -> Launch:
+    def of(cls, q: Tensor, k: Tensor, **settings: Any) -> Self:
         b, s, h, d = q.shape
+        if q.is_cuda:
+            major, minor = torch.cuda.get_device_capability(q.device)
+            settings["capability"] = 10 * major + minor
         return cls(b, s, k.shape[1], h, k.shape[2], d, q.element_size(), **settings)
 
     @property
@@ -75,16 +79,23 @@ class Launch:
         group = self.h // self.h_kv
         return min(group & -group, 16)
 
+    # Sizes of tiles, by what they compile to (see `megakrause bench kernels`): as large as registers allow. 32-bit
+    # operands take twice the registers.
+
     def select_tiles(self) -> Tiles:
-        """The scores take 64 registers a thread. A window's block of positions must lie within one tile of columns."""
+        """All scores of a block of rows at once: 64 registers of each thread, if there are 4 or 8 warps."""
         seen = self.s_k if self.window is None else self.window
-        columns = min(max(16, triton.next_power_of_2(seen)), 64)
+        columns = min(max(16, triton.next_power_of_2(seen)), 64 if seen <= 128 else 128)
         tiles = triton.cdiv(seen, columns)
-        held = columns * tiles
-        rows, warps = (64, 4) if held <= 128 else (64, 8) if held <= 256 else (32, 8) if held <= 512 else (16, 8)
-        if self.window is not None:
+        held, wide = columns * tiles, self.itemsize > 2
+        rows, warps = (64, 4) if held <= 128 else (32, 4) if held <= 256 else (16, 8)
+        if self.capability >= 100:  # Triton 3.7 fails to compile these kernels with tensor memory, which 64 rows use
+            rows = min(rows, 32)
+        if wide:
+            rows, warps = 16, 4 if held <= 128 and self.padded_head_dim <= 64 else 8
+        if self.window is not None:  # a block's positions lie within one tile
             rows = min(rows, columns * self.pack)
-        return Tiles(max(rows, self.pack), columns, warps, 2, tiles)
+        return Tiles(max(rows, 16, self.pack), columns, warps, 2, tiles)
 
     def attend_tiles(self) -> Tiles:
         return Tiles(64, 64, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
@@ -93,11 +104,13 @@ class Launch:
         return Tiles(64, 32, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
 
     def grad_keys_tiles(self) -> Tiles:
-        return Tiles(32, 64, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
+        if self.itemsize == 2:
+            return Tiles(32, 64, 4, 2) if self.padded_head_dim <= 64 else Tiles(32, 32, 4, 2)
+        return Tiles(32, 32, 4, 2)
 
     def decode_tiles(self) -> Tiles:
         """All slots of the ring, for the query heads of one kv head."""
-        columns = min(max(16, triton.next_power_of_2(self.s_k)), 64)
+        columns = min(max(16, triton.next_power_of_2(self.s_k)), 64 if self.s_k <= 512 else 128)
         rows = max(16, triton.next_power_of_2(self.h // self.h_kv))
         return Tiles(rows, columns, 4 if self.s_k * rows <= 8192 else 8, 2, triton.cdiv(self.s_k, columns))
 
