@@ -175,7 +175,7 @@ def train(output: Path) -> None:
     os.chdir(ROOT)
     config = load_config(CONFIG)
     data = Path(config.data.tokenizer).parent
-    if not Path(config.data.tokenizer).exists():
+    if not (data / "valid.manifest.json").exists():
         prepare(data, {"train": list(sources(held_out=False)), "valid": list(sources(held_out=True))}, config)
     losses: dict[str, list[float]] = {}
     for name, zero, hidden in (("cpu", 1, True), ("zero1", 1, False), ("zero3", 3, False)):
