@@ -160,10 +160,10 @@ def test_overrides_that_cannot_be(small: Path, override: str, says: str) -> None
         (dict(model__layers="two"), ["model.layers", "'two'", "integer"]),
         (dict(model__sigma=0.0), ["model.sigma", "0.0", "greater than 0"]),
         (dict(model__kind="vit"), ["model.kind", "'vit'", "'lm'"]),
-        (dict(model__attention="linear"), ["model.attention = 'linear'", "'krause' or 'softmax'"]),
+        (dict(model__attention="linear"), ["model.attention = 'linear'", "'krause', 'softmax' or 'softmax_window'"]),
         (
             dict(model__attention=["krause", "linear"]),
-            ["model.attention = ['krause', 'linear']", "'krause' or 'softmax'"],
+            ["model.attention = ['krause', 'linear']", "'krause', 'softmax' or 'softmax_window'"],
         ),
         (dict(model__positions="alibi"), ["model.positions", "'alibi'", "'rope' or 'learned'"]),
         (dict(model=3), ["model", "3", "dictionary"]),

@@ -26,7 +26,7 @@ from megakrause.ops.grid import Grid
 from megakrause.ops.krause_backward import backward
 from megakrause.ops.krause_decode import decode
 from megakrause.ops.krause_forward import forward
-from megakrause.ops.krause_launch import INTERPRETED, Launch
+from megakrause.ops.krause_launch import INTERPRETED, MAX_REGISTERS, Launch
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # float16 compiles to what bfloat16 does, but for one letter
@@ -129,7 +129,7 @@ class Compilation:
     def compile(self, capability: int) -> dict[str, Any]:
         """Registers a thread, stack bytes, spill instructions, shared memory in bytes and the matrix instruction, for
         sm_`capability`. No GPU is needed. Raises RuntimeError where Triton fails."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": MAX_REGISTERS}
         with silence():  # a failing pass prints the whole program
             compiled = triton.compile(
                 ASTSource(*self.source), target=GPUTarget("cuda", capability, 32), options=options

@@ -54,6 +54,8 @@ def krause_attention(
     value and what would be right.
     """
     _check(q, k, v, log_sigma, window, grid, top_k, doc_start, dropout, seed)
+    if window is not None:
+        window = min(window, k.shape[1])  # what it reaches beyond the first key is nothing
     backend = _choose(q, window, grid, top_k, backend)
     if window is not None:
         k, v, doc_start = _last_keys(q, k, v, doc_start, window)

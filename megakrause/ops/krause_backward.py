@@ -56,7 +56,7 @@ def backward(
     return dq, dk, dv, dlog_sigma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def grad_queries(
     q, k, v, half_squares, log_sigma, doc_start, out, lse, separator, grad, dq, delta, dlog_sigma,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,
@@ -112,7 +112,7 @@ def grad_queries(
     tl.store(dlog_sigma + corner + offset, row_dlog_sigma * (-2 / LOG2_E), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def grad_keys(
     q, k, v, half_squares, log_sigma, doc_start, lse, separator, grad, delta, dk, dv,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,

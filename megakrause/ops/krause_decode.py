@@ -75,7 +75,7 @@ def krause_decode_operator(
     top_k: int | None,
     backend: str,
 ) -> Tensor:
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         rings = ring_k, ring_v, ring_half_squares
         if backend == "torch":
             return _decode_torch(q, k, v, log_sigma, *rings, position, top_k)

@@ -67,7 +67,7 @@ def half_squares_kernel(k, half_squares, s_k, h_kv, HEAD_DIM: tl.constexpr, D: t
     tl.store(half_squares + unit * s_k + start + column, tl.sum(x * x, 1) / 2, mask=start + column < s_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def select_and_attend(
     q, k, v, half_squares, log_sigma, doc_start, out, lse, separator, top_k,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,
@@ -153,7 +153,7 @@ def select_and_attend(
     tl.store(separator + corner + offset, between, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def attend(
     q, k, v, half_squares, log_sigma, doc_start, out, lse, separator,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,

@@ -15,6 +15,7 @@ from megakrause.ops.krause_tiles import CHEBYSHEV, MANHATTAN, WINDOW
 
 MAX_SELECTED = 1024  # keys a row may see where it selects: they are held in registers
 MAX_HEAD_DIM = 128
+MAX_REGISTERS = 255  # of a thread; unless told, ptxas may spill to make room for more threads
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; decided when they are imported
 
 
@@ -89,7 +90,8 @@ class Launch:
         tiles = triton.cdiv(seen, columns)
         held, wide = columns * tiles, self.itemsize > 2
         rows, warps = (64, 4) if held <= 128 else (32, 4) if held <= 256 else (16, 8)
-        if self.capability >= 100:  # Triton 3.7 fails to compile these kernels with tensor memory, which 64 rows use
+        # Triton 3.7 fails to compile this kernel with Blackwell's tensor memory, which 64 rows use; dropout takes room.
+        if self.capability >= 100 or self.dropout > 0:
             rows = min(rows, 32)
         if wide:
             rows, warps = 16, 4 if held <= 128 and self.padded_head_dim <= 64 else 8
@@ -98,15 +100,17 @@ class Launch:
         return Tiles(max(rows, 16, self.pack), columns, warps, 2, tiles)
 
     def attend_tiles(self) -> Tiles:
-        return Tiles(64, 64, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
+        if self.itemsize == 2:
+            return Tiles(64, 64, 4, 2) if self.dropout == 0 else Tiles(64, 32, 4, 2)
+        return Tiles(32, 32, 4, 2)
 
     def grad_queries_tiles(self) -> Tiles:
-        return Tiles(64, 32, 4, 2) if self.itemsize == 2 else Tiles(32, 32, 4, 2)
+        return Tiles(64, 32, 4, 2) if self.itemsize == 2 else Tiles(16, 32, 4, 2)
 
     def grad_keys_tiles(self) -> Tiles:
         if self.itemsize == 2:
             return Tiles(32, 64, 4, 2) if self.padded_head_dim <= 64 else Tiles(32, 32, 4, 2)
-        return Tiles(32, 32, 4, 2)
+        return Tiles(16, 32, 4, 2)
 
     def decode_tiles(self) -> Tiles:
         """All slots of the ring, for the query heads of one kv head."""
@@ -132,7 +136,7 @@ class Launch:
     def run(
         self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int
     ) -> None:
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS)
 
     @property
     def scalars(self) -> tuple[int | float, ...]:

@@ -68,7 +68,8 @@ def krause_attention_operator(
 ) -> tuple[Tensor, list[Tensor]]:
     """out [b, s, h, d], and what the backend's backward pass needs besides the inputs. bias: z = q.k - |k|^2 / 2, the
     definition; without it z = q.k, which is what windowed softmax attention needs."""
-    with torch.autocast(q.device.type, enabled=False):  # it would compare z in bfloat16
+    # Autocast would compare z in bfloat16; Triton launches on the current device.
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         if backend == "blocked":
             out, saved = blocked_forward(
                 q,
@@ -124,7 +125,7 @@ def krause_attention_backward_operator(
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dlog_sigma. keys: the shape of k and v. saved: see `_setup_context`."""
-    with torch.autocast(grad.device.type, enabled=False):
+    with torch.autocast(grad.device.type, enabled=False), torch.cuda.device_of(grad):
         if backend == "blocked":
             dq, dk, dv, row_sums = blocked_backward(
                 grad,

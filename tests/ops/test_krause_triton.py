@@ -91,6 +91,8 @@ def assert_as_exact_as_torch(tensors: tuple[Tensor, ...], dtype: torch.dtype, **
         allowed = {name: 2 * error(baseline[name], value, terms) + cancelled for name, value in exact.items()}
     else:
         loss = 4 * sdpa_error(tensors, dtype, options) + torch.finfo(dtype).eps
+        if options["dropout"] > 0:  # the result is rounded even where it is one value, and D_i with it
+            loss += tensors[0].shape[-1] ** 0.5 * torch.finfo(dtype).eps / 2
         allowed = dict.fromkeys(exact, loss)
     for name, value in exact.items():
         assert error(actual[name], value, terms) <= allowed[name], name
@@ -145,7 +147,7 @@ def test_grids_equal_the_reference(grid: Grid, top_k: int | None, dropout: float
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_grids_equal_the_reference_in_16_bits(dtype: torch.dtype) -> None:
     tensors = inputs(b=1, s=65, heads=4, kv_heads=2, d=64)
-    assert_as_exact_as_torch(tensors, dtype, grid=Grid(8, 8), top_k=3)
+    assert_as_exact_as_torch(tensors, dtype, grid=Grid(8, 8), top_k=3, dropout=0.0)
 
 
 # ---- the selection
@@ -342,7 +344,7 @@ def test_numbers_that_are_not_finite_end_and_stay_in_their_neighbourhood(value: 
     [
         (dict(d=136), "heads of at most 128 numbers, not 136; use 'blocked' or 'auto'"),
         (dict(dtype=torch.float64), "float32, float16 and bfloat16, not torch.float64; use 'blocked'"),
-        (dict(window=2000, top_k=5), "a selection among at most 1024 keys, not 2000; use 'blocked'"),
+        (dict(window=2000, top_k=5, s=1500), "a selection among at most 1024 keys, not 1500; use 'blocked'"),
         (dict(grid=Grid(40, 40), window=None, top_k=5, s=1601), "at most 1024 keys, not 1601; use 'reference'"),
     ],
     ids=str,
