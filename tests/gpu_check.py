@@ -114,7 +114,7 @@ def call(*command: str, **environment: str) -> None:
 
 def check_kernels(output: Path) -> None:
     tests = [str(ROOT / "tests/ops" / name) for name in TESTS]
-    options = ["-q", "-x", "--maxfail=30", "-p", "no:cacheprovider"]
+    options = ["-q", "--maxfail=30", "-p", "no:cacheprovider"]
     call(sys.executable, "-m", "pytest", *tests, *options, MEGAKRAUSE_TEST_GPU="1")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakrause import Grid, krause_attention
+from tests.ops.cases import DEVICE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 2e-5  # relative L2 in float32, as the files' README says
@@ -46,6 +47,8 @@ def neighbourhood(hyper: dict[str, str]) -> dict[str, Any]:
 @pytest.mark.parametrize("name, backend", CASES)
 def test_golden_attention_layer(name: str, backend: str) -> None:
     tensors, hyper = read(name)
+    if backend == "triton":
+        tensors = {key: t.to(DEVICE) for key, t in tensors.items()}
     heads = int(hyper["heads"])
     x = tensors["input"].requires_grad_()
     param = {key.removeprefix("param."): t.requires_grad_() for key, t in tensors.items() if key.startswith("param.")}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megakrause import krause_attention
 from megakrause.ops.krause_decode import KeyRing, krause_decode, krause_decode_operator
+from tests.ops.cases import DEVICE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -28,13 +29,15 @@ def lattice(*shape: int, seed: int) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 8).round() / 8
 
 
-def inputs(b: int, s: int, h: int, h_kv: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kv = (b, s, h_kv, d)
-    return lattice(b, s, h, d, seed=0), lattice(*kv, seed=1), lattice(*kv, seed=2), torch.linspace(0, 1, h)
+def inputs(b: int, s: int, h: int, h_kv: int, d: int, backend: str = "torch") -> tuple[Tensor, ...]:
+    """q, k, v and log_sigma, where the backend works."""
+    device, kv = DEVICE if backend == "triton" else "cpu", (b, s, h_kv, d)
+    tensors = lattice(b, s, h, d, seed=0), lattice(*kv, seed=1), lattice(*kv, seed=2), torch.linspace(0, 1, h)
+    return tuple(x.to(device) for x in tensors)
 
 
-def at(position: int, b: int) -> Tensor:
-    return torch.full((b,), position, dtype=torch.int32)
+def at(position: int, like: Tensor) -> Tensor:
+    return torch.full((len(like),), position, dtype=torch.int32, device=like.device)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 5, 19, 200])
@@ -45,14 +48,15 @@ def test_token_by_token_equals_the_whole(
 ) -> None:
     prompt = min(prompt, s - 1)
     start = max(prompt, s - 12 if backend == "triton" else 0)  # the interpreter is slow
-    q, k, v, log_sigma = inputs(b, s, h, h_kv, d)
-    expected = krause_attention(*(x.double() for x in (q, k, v, log_sigma)), window=window, top_k=top_k)
+    q, k, v, log_sigma = inputs(b, s, h, h_kv, d, backend)
+    exact = (x.double() for x in (q, k, v, log_sigma))
+    expected = krause_attention(*exact, window=window, top_k=top_k, backend="reference")
     ring = KeyRing(window, k)
     ring.fill(k[:, :prompt], v[:, :prompt], 0)
     ring.fill(k[:, prompt:start], v[:, prompt:start], prompt)
     for i in range(start, s):
         step = (x[:, i : i + 1] for x in (q, k, v))
-        out = krause_decode(*step, log_sigma, ring, at(i, b), top_k=top_k, backend=backend)
+        out = krause_decode(*step, log_sigma, ring, at(i, q), top_k=top_k, backend=backend)
         # Each sum has at most `window` terms of a convex combination of values.
         torch.testing.assert_close(out.double(), expected[:, i : i + 1], rtol=0, atol=window * 4e-7)
     before_k, before_v = ring.before(s)
@@ -63,19 +67,19 @@ def test_token_by_token_equals_the_whole(
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_sequences_of_a_batch_may_stand_at_different_positions(backend: str) -> None:
     window, s = 9, 30
-    q, k, v, log_sigma = inputs(3, s, 4, 2, 16)
+    q, k, v, log_sigma = inputs(3, s, 4, 2, 16, backend)
     positions = [4, 9, 29]
     ring = KeyRing(window, k)
     for n, position in enumerate(positions):
         one = KeyRing(window, k[:1])
         one.fill(k[n : n + 1, :position], v[n : n + 1, :position], 0)
         ring.k[n], ring.v[n], ring.half_squares[n] = one.k[0], one.v[0], one.half_squares[0]
-    index = torch.arange(3), torch.tensor(positions)
+    index = torch.arange(3, device=q.device), torch.tensor(positions, device=q.device)
     out = krause_decode(
         *(x[index][:, None] for x in (q, k, v)),
         log_sigma,
         ring,
-        torch.tensor(positions, dtype=torch.int32),
+        index[1].int(),
         top_k=4,
         backend=backend,
     )
@@ -85,12 +89,12 @@ def test_sequences_of_a_batch_may_stand_at_different_positions(backend: str) -> 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_lies_in_slots_not_yet_written_does_not_matter(backend: str) -> None:
-    q, k, v, log_sigma = inputs(1, 3, 2, 1, 16)
+    q, k, v, log_sigma = inputs(1, 3, 2, 1, 16, backend)
     ring = KeyRing(8, k)
     ring.k.fill_(1e4), ring.v.fill_(1e4)
     ring.fill(k[:, :2], v[:, :2], 0)
     step = (x[:, 2:] for x in (q, k, v))
-    out = krause_decode(*step, log_sigma, ring, at(2, 1), backend=backend)
+    out = krause_decode(*step, log_sigma, ring, at(2, q), backend=backend)
     expected = krause_attention(q, k, v, log_sigma, window=8, backend="reference")[:, 2:]
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
 
@@ -100,22 +104,22 @@ def test_float64_and_bfloat16_work_on_the_cpu() -> None:
         q, k, v, log_sigma = (x.to(dtype) for x in inputs(1, 6, 2, 1, 8))
         ring = KeyRing(4, k)
         ring.fill(k[:, :5], v[:, :5], 0)
-        out = krause_decode(q[:, 5:], k[:, 5:], v[:, 5:], log_sigma, ring, at(5, 1), top_k=2, backend="torch")
+        out = krause_decode(q[:, 5:], k[:, 5:], v[:, 5:], log_sigma, ring, at(5, q), top_k=2, backend="torch")
         expected = krause_attention(q, k, v, log_sigma, window=4, top_k=2, backend="reference")[:, 5:]
         torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_operator_keeps_torch_librarys_rules(backend: str) -> None:
-    q, k, v, log_sigma = inputs(2, 1, 4, 2, 16)
+    q, k, v, log_sigma = inputs(2, 1, 4, 2, 16, backend)
     ring = KeyRing(8, k)
-    arguments = (q, k, v, log_sigma, ring.k, ring.v, ring.half_squares, at(0, 2), 3, backend)
+    arguments = (q, k, v, log_sigma, ring.k, ring.v, ring.half_squares, at(0, q), 3, backend)
     torch.library.opcheck(krause_decode_operator, arguments)
 
 
 def test_a_backend_that_cannot_take_the_ring_says_so() -> None:
-    q, k, v, log_sigma = inputs(1, 1, 2, 1, 8)
+    q, k, v, log_sigma = inputs(1, 1, 2, 1, 8, "triton")
     with pytest.raises(
         ValueError, match="backend = 'triton' takes a selection among at most 1024 keys, not 2000.*'torch'"
     ):
-        krause_decode(q, k, v, log_sigma, KeyRing(2000, k), at(0, 1), top_k=3, backend="triton")
+        krause_decode(q, k, v, log_sigma, KeyRing(2000, k), at(0, q), top_k=3, backend="triton")
