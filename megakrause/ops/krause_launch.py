@@ -90,8 +90,9 @@ class Launch:
         tiles = triton.cdiv(seen, columns)
         held, wide = columns * tiles, self.itemsize > 2
         rows, warps = (64, 4) if held <= 128 else (32, 4) if held <= 256 else (16, 8)
-        # Triton 3.7 fails to compile this kernel with Blackwell's tensor memory, which 64 rows use; dropout takes room.
-        if self.capability >= 100 or self.dropout > 0:
+        # Triton 3.7 fails to compile this kernel with Blackwell's tensor memory, which 64 rows use; dropout and the
+        # coordinates of a grid take registers.
+        if self.capability >= 100 or self.dropout > 0 or self.grid is not None:
             rows = min(rows, 32)
         if wide:
             rows, warps = 16, 4 if held <= 128 and self.padded_head_dim <= 64 else 8
