@@ -114,7 +114,8 @@ class Compilation:
         values = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.constants
         for number, name in enumerate(self.kernel.arg_names):
             value = values[name]
-            if name in self.constants or value is None or (isinstance(value, int) and value == 1):
+            as_it_comes = name in self.kernel.do_not_specialize
+            if name in self.constants or value is None or (isinstance(value, int) and value == 1 and not as_it_comes):
                 signature[name], constants[(number,)] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name], attributes[(number,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -122,7 +123,7 @@ class Compilation:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and not as_it_comes:
                     attributes[(number,)] = [["tt.divisibility", 16]]
         return self.kernel, signature, constants, attributes
 

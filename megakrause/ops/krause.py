@@ -131,6 +131,11 @@ def _check(
         )
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must be of one floating dtype")
+    tensors = {"q": q, "k": k, "v": v, "log_sigma": log_sigma, "doc_start": doc_start}
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{places}; they must be on one device")
     if log_sigma.shape not in ((h,), (1,)):
         raise ValueError(f"log_sigma {list(log_sigma.shape)}; it must be [{h}] (one a head) or [1]")
     if (window is None) == (grid is None):
@@ -147,3 +152,5 @@ def _check(
         raise ValueError(f"dropout = {dropout}; it must be at least 0 and below 1")
     if dropout > 0 and seed is None:
         raise ValueError(f"dropout = {dropout} needs a seed; give an integer")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed = {seed}; it must be at least 0 and below 2^63")

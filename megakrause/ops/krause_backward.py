@@ -19,6 +19,7 @@ from torch import Tensor
 from megakrause.ops.krause_forward import half_squares
 from megakrause.ops.krause_launch import Launch
 from megakrause.ops.krause_tiles import (
+    INTEGERS,
     LOG2_E,
     WINDOW,
     block_of_rows,
@@ -56,7 +57,7 @@ def backward(
     return dq, dk, dv, dlog_sigma
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=INTEGERS)
 def grad_queries(
     q, k, v, half_squares, log_sigma, doc_start, out, lse, separator, grad, dq, delta, dlog_sigma,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,
@@ -112,7 +113,7 @@ def grad_queries(
     tl.store(dlog_sigma + corner + offset, row_dlog_sigma * (-2 / LOG2_E), mask=exists)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=INTEGERS)
 def grad_keys(
     q, k, v, half_squares, log_sigma, doc_start, lse, separator, grad, delta, dk, dv,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,

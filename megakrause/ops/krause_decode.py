@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megakrause.ops.krause_launch import Launch, triton_refuses
-from megakrause.ops.krause_tiles import LOG2_E, load_keys, load_rows, multiply, select, store_rows
+from megakrause.ops.krause_tiles import INTEGERS, LOG2_E, load_keys, load_rows, multiply, select, store_rows
 
 
 class KeyRing:
@@ -41,7 +41,7 @@ def krause_decode(
     q: Tensor,  # [b, 1, h, d]
     k: Tensor,  # [b, 1, h_kv, d]
     v: Tensor,  # [b, 1, h_kv, d]
-    log_sigma: Tensor,  # [h]
+    log_sigma: Tensor,  # [h] or [1]
     ring: KeyRing,  # takes k and v
     position: Tensor,  # int32 [b]  of the new token in its sequence
     *,
@@ -76,6 +76,7 @@ def krause_decode_operator(
     backend: str,
 ) -> Tensor:
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        log_sigma, position = log_sigma.expand(q.shape[2]).contiguous(), position.contiguous()
         rings = ring_k, ring_v, ring_half_squares
         if backend == "torch":
             return _decode_torch(q, k, v, log_sigma, *rings, position, top_k)
@@ -148,7 +149,7 @@ def decode(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def decode_kernel(
     q, k, v, log_sigma, ring_k, ring_v, ring_half_squares, position, out, top_k, h, h_kv, window,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, SELECT: tl.constexpr,

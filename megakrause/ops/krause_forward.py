@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megakrause.ops.krause_launch import Launch
 from megakrause.ops.krause_tiles import (
+    INTEGERS,
     LOG2_E,
     WINDOW,
     block_of_rows,
@@ -57,7 +58,7 @@ def half_squares(launch: Launch, k: Tensor) -> Tensor | None:
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def half_squares_kernel(k, half_squares, s_k, h_kv, HEAD_DIM: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr):
     blocks = tl.cdiv(s_k, KEYS)
     unit = (tl.program_id(0) // blocks).to(tl.int64)
@@ -67,7 +68,7 @@ def half_squares_kernel(k, half_squares, s_k, h_kv, HEAD_DIM: tl.constexpr, D: t
     tl.store(half_squares + unit * s_k + start + column, tl.sum(x * x, 1) / 2, mask=start + column < s_k)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=INTEGERS)
 def select_and_attend(
     q, k, v, half_squares, log_sigma, doc_start, out, lse, separator, top_k,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,
@@ -153,7 +154,7 @@ def select_and_attend(
     tl.store(separator + corner + offset, between, mask=exists)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=INTEGERS)
 def attend(
     q, k, v, half_squares, log_sigma, doc_start, out, lse, separator,
     s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale,

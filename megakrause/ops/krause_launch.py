@@ -111,13 +111,14 @@ class Launch:
     def grad_keys_tiles(self) -> Tiles:
         if self.itemsize == 2:
             return Tiles(32, 64, 4, 2) if self.padded_head_dim <= 64 else Tiles(32, 32, 4, 2)
-        return Tiles(16, 32, 4, 2)
+        return Tiles(16, 16, 4, 2)
 
     def decode_tiles(self) -> Tiles:
         """All slots of the ring, for the query heads of one kv head."""
         columns = min(max(16, triton.next_power_of_2(self.s_k)), 64 if self.s_k <= 512 else 128)
         rows = max(16, triton.next_power_of_2(self.h // self.h_kv))
-        return Tiles(rows, columns, 4 if self.s_k * rows <= 8192 else 8, 2, triton.cdiv(self.s_k, columns))
+        warps = 4 if self.s_k * rows <= (8192 if self.itemsize == 2 else 1024) else 8
+        return Tiles(rows, columns, warps, 2, triton.cdiv(self.s_k, columns))
 
     def by_rows(self, kernel: Any, tiles: Tiles, *arguments: Any) -> None:
         """Launches a kernel that works on blocks of rows."""

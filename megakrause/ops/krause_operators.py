@@ -86,6 +86,7 @@ def krause_attention_operator(
             return out, list(saved)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         log_sigma = log_sigma.expand(q.shape[2]).contiguous()
+        doc_start = None if doc_start is None else doc_start.contiguous()
         launch = _launch(q, k, seen, top_k, doc_start, dropout, seed, bias)
         out, lse, separator = krause_forward.forward(launch, q, k, v, log_sigma, doc_start)
         return out, [lse, separator]
@@ -141,6 +142,7 @@ def krause_attention_backward_operator(
         else:
             q, k, v, *results = (x.contiguous() for x in saved)
             sigmas = log_sigma.expand(q.shape[2]).contiguous()
+            doc_start = None if doc_start is None else doc_start.contiguous()
             launch = _launch(q, k, seen, top_k, doc_start, dropout, seed, bias)
             dq, dk, dv, row_sums = krause_backward.backward(
                 launch, grad.contiguous(), q, k, v, sigmas, doc_start, *results

@@ -19,6 +19,10 @@ MANHATTAN = tl.constexpr(1)
 CHEBYSHEV = tl.constexpr(2)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# What the kernels take as it comes. Triton would compile anew for integers that are 1 or multiples of 16: for other
+# lengths of a text, or other seeds.
+INTEGERS = ["s", "s_k", "h", "h_kv", "window", "width", "radius", "seed", "dropout_threshold", "top_k"]
+
 
 @triton.jit
 def block_of_rows(s, h, ROWS: tl.constexpr, PACK: tl.constexpr):

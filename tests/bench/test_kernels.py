@@ -46,6 +46,19 @@ def test_one_configuration_of_each_kernel(tmp_path: Path) -> None:
             assert row["product"] == {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[row["sm"]]
 
 
+def test_no_length_and_no_seed_makes_another_kernel() -> None:
+    script = """
+from megakrause.bench.kernels import Case
+for case in (Case(), Case(select=False, docs=True, dropout=0.1)):
+    for launch in case.launches(90):
+        integers = {n for n, x in zip(launch.kernel.arg_names, launch.arguments, strict=False) if isinstance(x, int)}
+        assert integers and integers <= set(launch.kernel.do_not_specialize), (launch.kernel, integers)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_every_configuration(tmp_path: Path) -> None:
     table = tmp_path / "kernels.md"

@@ -99,6 +99,18 @@ def test_what_lies_in_slots_not_yet_written_does_not_matter(backend: str) -> Non
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_width_and_one_position_may_stand_for_all(backend: str) -> None:
+    q, k, v, log_sigma = inputs(3, 6, 4, 2, 16, backend)
+    rings = KeyRing(8, k), KeyRing(8, k)
+    for ring in rings:
+        ring.fill(k[:, :5], v[:, :5], 0)
+    step = [x[:, 5:] for x in (q, k, v)]
+    out = krause_decode(*step, log_sigma[1:2], rings[0], at(5, q)[:1].expand(3), top_k=3, backend=backend)
+    expected = krause_decode(*step, log_sigma[1:2].repeat(4), rings[1], at(5, q), top_k=3, backend=backend)
+    assert torch.equal(out, expected)
+
+
 def test_float64_and_bfloat16_work_on_the_cpu() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         q, k, v, log_sigma = (x.to(dtype) for x in inputs(1, 6, 2, 1, 8))

@@ -322,6 +322,18 @@ def test_nothing_outside_the_grids_neighbourhood_has_any_influence(grid: Grid) -
         assert not dq[0, torch.arange(s) != i].any()
 
 
+def test_layout_in_memory_does_not_matter() -> None:
+    tensors = inputs(b=2, s=90, heads=4, kv_heads=2, d=16)
+    doc_start = torch.arange(90, dtype=torch.int32).expand(2, 90) // 25 * 25
+    options: dict[str, Any] = dict(window=20, top_k=7, backend="triton")
+    expected = run(tensors, torch.float32, doc_start=doc_start.contiguous(), **options)
+    laid = *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors[:3]), tensors[3]
+    for starts in (doc_start.t().contiguous().t(), F.pad(doc_start, (3, 2), value=1000)[:, 3:-2]):
+        assert not starts.is_contiguous()
+        found = run(laid, torch.float32, doc_start=starts, **options)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_numbers_that_are_not_finite_end_and_stay_in_their_neighbourhood(value: float) -> None:
     tensors = [t.to(DEVICE, torch.float32) for t in inputs(b=2, s=90, heads=2, kv_heads=2, d=16)]
