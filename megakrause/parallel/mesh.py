@@ -24,6 +24,11 @@ class Axis:
     size: int
     group: dist.ProcessGroup | None  # None: alone
 
+    def share(self, total: int, rank: int | None = None) -> range:
+        """Which of `total` things in order are a rank's (default: this one's): shares differ by one at most."""
+        rank = self.rank if rank is None else rank
+        return range(rank * total // self.size, (rank + 1) * total // self.size)
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in order of rank, on every rank."""
         if self.size == 1:
