@@ -95,6 +95,11 @@ class ModelConfig(Section):
         return self.kv_heads or self.heads
 
     @property
+    def deep_init_std(self) -> float:
+        """init_std of the layers that write to the residual stream, two a block (GPT-2)."""
+        return self.init_std / (2 * self.layers) ** 0.5
+
+    @property
     def head_size(self) -> int:
         return self.head_dim or self.width // self.heads
 

@@ -6,14 +6,14 @@ import torch
 
 from megakrause.batch import TokenBatch
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
-from megakrause.checkpoint.read import ALONE, find_checkpoint
+from megakrause.checkpoint.read import find_checkpoint
 from megakrause.data.loader import eval_batches, num_eval_batches
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 from megakrause.ops.cross_entropy import cross_entropy_sum
-from megakrause.parallel.mesh import Mesh
+from megakrause.parallel.mesh import ALONE, Mesh
 from megakrause.training.evaluate import Evaluation, evaluate
 
 TOKENS_AT_ONCE = 4096

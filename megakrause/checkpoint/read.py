@@ -15,9 +15,7 @@ from safetensors import safe_open
 from megakrause.checkpoint.files import FileRecord, check_file
 from megakrause.checkpoint.write import FORMAT, committed_folders
 from megakrause.errors import UserError
-from megakrause.parallel.mesh import Axis
-
-ALONE = Axis(rank=0, size=1, group=None)
+from megakrause.parallel.mesh import ALONE, Axis
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from megakrause.ops.krause import krause_attention
 from megakrause.ops.krause_decode import KeyRing, krause_decode
 from megakrause.ops.rotary import apply_rotary
 from megakrause.ops.softmax import causal_mask, softmax_attention
+from megakrause.parallel.linear import (
+    ColumnParallelLinear,
+    PartOfWholeLinear,
+    RowParallelLinear,
+    TensorParallel,
+    sharded,
+)
+from megakrause.parallel.mesh import Axis
 
 
 class GrowingCache:
@@ -80,12 +89,12 @@ class Sequence:
 
 
 class KrauseCore(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
         assert config.window is not None
         self.window, self.top_k = config.window, config.top_k
         sigma = torch.tensor(config.sigma)
-        self.log_sigma = constant(nn.Parameter(torch.empty(config.heads)), float(sigma.log()))
+        self.log_sigma = constant(sharded(tp.axis, (config.heads,), 0), float(sigma.log()))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
         if cache is not None:
@@ -122,29 +131,39 @@ class SoftmaxCore(nn.Module):
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245) around a core of the layer's kind."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
+        """Each rank works on its share of the query heads and the key/value heads that these need."""
         super().__init__()
-        self.heads, self.kv_heads, self.head_size = config.heads, config.num_kv_heads, config.head_size
-        kind = config.attention_of_layers[layer]
-        window = config.window_of_layers[layer]
-        self.core: KrauseCore | SoftmaxCore = KrauseCore(config) if kind == "krause" else SoftmaxCore(window)
-        self.query = linear(config.width, self.heads * self.head_size, config.init_std, bias=config.qkv_bias)
-        self.key = linear(config.width, self.kv_heads * self.head_size, config.init_std, bias=config.qkv_bias)
-        self.value = linear(config.width, self.kv_heads * self.head_size, config.init_std, bias=config.qkv_bias)
-        self.output = linear(self.heads * self.head_size, config.width, config.init_std / (2 * config.layers) ** 0.5)
+        width, d, axis = config.width, config.head_size, tp.axis
+        kind, window = config.attention_of_layers[layer], config.window_of_layers[layer]
+        self.tp, self.head_size = tp, d
+        self.core: KrauseCore | SoftmaxCore = KrauseCore(config, tp) if kind == "krause" else SoftmaxCore(window)
+        self.query = marked(ColumnParallelLinear(width, config.heads * d, axis, bias=config.qkv_bias), config.init_std)
+        self.key, self.value = (marked(self._key_value(config, axis), config.init_std) for _ in range(2))
+        self.output = marked(RowParallelLinear(config.heads * d, width, axis), config.deep_init_std)
+
+    @staticmethod
+    def _key_value(config: ModelConfig, axis: Axis) -> ColumnParallelLinear | PartOfWholeLinear:
+        d, outputs = config.head_size, config.num_kv_heads * config.head_size
+        if config.num_kv_heads >= axis.size:
+            return ColumnParallelLinear(config.width, outputs, axis, bias=config.qkv_bias)
+        head = axis.rank * config.num_kv_heads // axis.size
+        return PartOfWholeLinear(config.width, outputs, axis, range(head * d, (head + 1) * d), bias=config.qkv_bias)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
-        q = self.query(x).unflatten(-1, (self.heads, self.head_size))  # b s h d
-        k = self.key(x).unflatten(-1, (self.kv_heads, self.head_size))
-        v = self.value(x).unflatten(-1, (self.kv_heads, self.head_size))
+        x = self.tp.enter(x, sequence.length)
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.query, self.key, self.value))  # b s h d
         if sequence.rotary is not None:
             q, k = apply_rotary(q, *sequence.rotary), apply_rotary(k, *sequence.rotary)
-        return self.output(self.core(q, k, v, sequence, cache).flatten(-2))  # b s e
+        return self.tp.leave(self.output(self.core(q, k, v, sequence, cache).flatten(-2)))  # b s e
 
 
-def linear(inputs: int, outputs: int, std: float, *, bias: bool = False) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=bias)
+Linear = TypeVar("Linear", bound=ColumnParallelLinear | PartOfWholeLinear | RowParallelLinear)
+
+
+def marked(layer: Linear, std: float) -> Linear:
+    """Marks how a linear layer's parameters are to be initialized."""
     normal(layer.weight, std)
-    if bias:
+    if layer.bias is not None:
         constant(layer.bias, 0.0)
     return layer

@@ -7,46 +7,50 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakrause.config import ModelConfig
-from megakrause.models.attention import Cache, SelfAttention, Sequence, linear
+from megakrause.models.attention import Cache, SelfAttention, Sequence, marked
 from megakrause.models.init import constant
+from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, tp: TensorParallel):
         super().__init__()
         self.weight = constant(nn.Parameter(torch.empty(width)), 1.0)
-        self.eps = eps
+        self.eps, self.tp = eps, tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.tp.whole(self.weight), self.eps)
 
 
 class SwiGLU(nn.Module):
     """Gated feed-forward layer (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tp: TensorParallel):
         super().__init__()
-        self.gate = linear(config.width, config.mlp_width, config.init_std)
-        self.up = linear(config.width, config.mlp_width, config.init_std)
-        self.down = linear(config.mlp_width, config.width, config.init_std / (2 * config.layers) ** 0.5)
+        self.tp = tp
+        self.gate, self.up = (
+            marked(ColumnParallelLinear(config.width, config.mlp_width, tp.axis), config.init_std) for _ in range(2)
+        )
+        self.down = marked(RowParallelLinear(config.mlp_width, config.width, tp.axis), config.deep_init_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+    def forward(self, x: Tensor, length: int) -> Tensor:
+        x = self.tp.enter(x, length)
+        return self.tp.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = SelfAttention(config, layer)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps, tp)
+        self.attention = SelfAttention(config, layer, tp)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, tp)
+        self.mlp = SwiGLU(config, tp)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), sequence, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), sequence.length)
 
     def new_cache(self) -> Cache:
         return self.attention.core.new_cache()

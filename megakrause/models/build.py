@@ -7,11 +7,13 @@ from torch import nn
 from megakrause.config import ModelConfig
 from megakrause.models.init import initialize
 from megakrause.models.lm import LanguageModel
+from megakrause.parallel.linear import TensorParallel
 
 
-def build_model(config: ModelConfig, seed: int | None = None) -> LanguageModel:
-    """The model of a config whose vocab_size is known, with the initial weights of `seed`, or uninitialized."""
-    model = LanguageModel(config)
+def build_model(config: ModelConfig, seed: int | None = None, tp: TensorParallel | None = None) -> LanguageModel:
+    """The model of a config whose vocab_size is known, or this rank's part of it, with the initial weights of `seed`,
+    or uninitialized."""
+    model = LanguageModel(config, tp)
     if seed is not None:
         initialize(model, seed)
     return model

@@ -1,4 +1,5 @@
-"""Initial weights as a pure function of (seed, parameter name): the same for every layout."""
+"""Initial weights as a pure function of (seed, parameter name): the same for every layout, because whole
+tensors are drawn and then cut."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from megakrause.parallel.linear import Shard
 
 P = TypeVar("P", bound=Tensor)
 
@@ -30,8 +33,15 @@ def initialize(model: nn.Module, seed: int) -> None:
         value = getattr(param, "initial_value", None)
         if value is not None:
             param.fill_(value)
-        else:
-            param.copy_(_draw(seed, name, param.shape) * param.initial_std)  # type: ignore[attr-defined]
+            continue
+        shard: Shard | None = getattr(param, "shard", None)
+        shape = list(param.shape)
+        if shard is not None:
+            shape[shard.dim] = shard.total
+        drawn = _draw(seed, name, torch.Size(shape))
+        if shard is not None:
+            drawn = drawn.narrow(shard.dim, shard.start, param.shape[shard.dim])
+        param.copy_(drawn * param.initial_std)  # type: ignore[attr-defined]
 
 
 def _draw(seed: int, name: str, shape: torch.Size) -> Tensor:

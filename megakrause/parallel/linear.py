@@ -1,9 +1,8 @@
 """Linear layers cut over the tensor-parallel axis (Megatron-LM, arXiv 1909.08053): a column-parallel one into a region
 where each rank has its share of the features, a row-parallel one out of it.
 
-With `sequence_parallel`, each rank has its share of the positions outside the region (Korthikanti et al., arXiv
-2205.05198). A parameter that is cut carries `shard`, its place in the whole one. Parameters are
-uninitialized.
+With sequence parallelism, each rank has its share of the positions outside the region (Korthikanti et al., arXiv
+2205.05198). A parameter that is cut carries `shard`, its place in the whole one. Parameters are uninitialized.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakrause.parallel.collectives import copy, gather, reduce, reduce_scatter
-from megakrause.parallel.mesh import Axis
+from megakrause.parallel.mesh import ALONE, Axis
 
 SEQUENCE_DIM = 1  # of activations, b s e
 
@@ -47,7 +46,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = sharded(axis, (outputs,), 0) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [b, s, inputs], as `enter` gave it. Returns [b, s, this rank's share of outputs]."""
+        """x: [b, s, inputs], as `TensorParallel.enter` gave it. Returns this rank's share, [b, s, outputs / tp]."""
         return F.linear(x, self.weight, self.bias)
 
 
@@ -57,18 +56,54 @@ class RowParallelLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, axis: Axis):
         super().__init__()
         self.weight = sharded(axis, (outputs, inputs), 1)
+        self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [b, s, this rank's share of inputs]. Returns this rank's term of y [b, s, outputs]: see `leave`."""
+        """x: this rank's share, [b, s, inputs / tp]. Returns its term of y [b, s, outputs]: `TensorParallel.leave`."""
         return F.linear(x, self.weight)
 
 
-def enter(x: Tensor, axis: Axis, length: int | None = None) -> Tensor:
-    """Into a region where each rank works on its features. x: [b, s, e], the same on every rank; or with `length`, each
-    rank's share of so many positions. Column-parallel layers of one input share one call."""
-    return copy(x, axis) if length is None else gather(x, axis, SEQUENCE_DIM, length)
+class PartOfWholeLinear(nn.Module):
+    """y = x W^T + b, of which each rank computes the given output features, while it holds the whole of W and b: for
+    features that several ranks need, such as the key/value heads when there are fewer than ranks."""
+
+    def __init__(self, inputs: int, outputs: int, axis: Axis, features: range, *, bias: bool = False):
+        super().__init__()
+        self.axis, self.features = axis, features
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [b, s, inputs], as `TensorParallel.enter` gave it. Returns [b, s, features]."""
+        part = slice(self.features.start, self.features.stop)
+        bias = None if self.bias is None else copy(self.bias, self.axis)[part]
+        return F.linear(x, copy(self.weight, self.axis)[part], bias)
 
 
-def leave(x: Tensor, axis: Axis, *, sequence_parallel: bool) -> Tensor:
-    """Out of it, from each rank's term of a sum: the sum on every rank, or each rank's share of its positions."""
-    return reduce_scatter(x, axis, SEQUENCE_DIM) if sequence_parallel else reduce(x, axis)
+@dataclass(frozen=True)
+class TensorParallel:
+    """How a model is cut over the ranks of an axis.
+
+    sequence_parallel: outside the regions that `enter` opens and `leave` closes, each rank works on its share of the
+    positions; else every rank on all of them, doing the same."""
+
+    axis: Axis = ALONE
+    sequence_parallel: bool = False
+
+    def enter(self, x: Tensor, length: int) -> Tensor:
+        """Into a region where each rank works on its features. x: [b, s, e], or its share of `length` positions; [b,
+        length, e] comes back. Column-parallel layers of one input share one call."""
+        return gather(x, self.axis, SEQUENCE_DIM, length) if self.sequence_parallel else copy(x, self.axis)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Out of it. x: [b, length, e], each rank's term of a sum. The sum comes back, or its share of positions."""
+        return reduce_scatter(x, self.axis, SEQUENCE_DIM) if self.sequence_parallel else reduce(x, self.axis)
+
+    def whole(self, param: Tensor) -> Tensor:
+        """A parameter that every rank holds whole and uses outside the regions."""
+        return copy(param, self.axis) if self.sequence_parallel else param
+
+    def positions(self, length: int) -> slice:
+        """Of `length` positions, those that this rank works on outside the regions."""
+        share = self.axis.share(length) if self.sequence_parallel else range(length)
+        return slice(share.start, share.stop)

@@ -62,6 +62,9 @@ class Axis:
         return result  # type: ignore[return-value]
 
 
+ALONE = Axis(rank=0, size=1, group=None)
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The processes of a run. dp: data parallelism, every rank works on its own sequences of the same global batch."""

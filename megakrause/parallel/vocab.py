@@ -19,11 +19,13 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, axis: Axis):
         super().__init__()
-        self.rows = axis.share(vocab_size)
+        self.vocab_size, self.rows = vocab_size, axis.share(vocab_size)
         self.weight = sharded(axis, (vocab_size, width), 0)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [b, s]. Returns this rank's term [b, s, width] of a sum: see `linear.leave`."""
+        """tokens: int64 [b, s]. Returns this rank's term [b, s, width] of a sum: see `TensorParallel.leave`."""
+        if len(self.rows) == self.vocab_size:
+            return nn.functional.embedding(tokens, self.weight)
         mine = (tokens >= self.rows.start) & (tokens < self.rows.stop)
         x = nn.functional.embedding((tokens - self.rows.start) * mine, self.weight)
         return x * mine[..., None]

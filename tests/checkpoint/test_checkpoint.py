@@ -34,12 +34,12 @@ from torch import Tensor
 from megakrause.checkpoint.files import FileRecord, check_file, write_bytes, write_tensors
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
-from megakrause.checkpoint.read import ALONE, Checkpoint, find_checkpoint, newest_checkpoint
+from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
 from megakrause.checkpoint.write import remove_leftovers, save_checkpoint
 from megakrause.config import RunConfig, parse_config
 from megakrause.errors import UserError
 from megakrause.models.build import build_model
-from megakrause.parallel.mesh import Axis
+from megakrause.parallel.mesh import ALONE, Axis
 
 SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (7, 5), "a.bias": (5,), "scale": (), "table": (3, 2, 4)}
 KINDS = ("master", "exp_avg", "exp_avg_sq")

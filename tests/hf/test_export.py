@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.model import load_model
-from megakrause.checkpoint.read import ALONE, find_checkpoint
+from megakrause.checkpoint.read import find_checkpoint
 from megakrause.checkpoint.write import save_checkpoint
 from megakrause.config import parse_config
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
@@ -27,6 +27,7 @@ from megakrause.hf import export as module
 from megakrause.hf.export import export
 from megakrause.hf.names import from_hf, to_hf
 from megakrause.models.build import build_model
+from megakrause.parallel.mesh import ALONE
 
 TINY: dict[str, Any] = dict(layers=3, width=24, heads=4, kv_heads=2, mlp_width=40, window=8, top_k=5)
 SOFTMAX: dict[str, Any] = {"attention": "softmax", "window": None, "top_k": None}

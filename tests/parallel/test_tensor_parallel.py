@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.collectives import copy, gather, reduce, reduce_scatter, scatter
-from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard, enter, leave
+from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard, TensorParallel
 from megakrause.parallel.mesh import Axis
 from megakrause.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy_sum
 from tests.pool import Pool
@@ -108,10 +108,10 @@ def gated_mlp(axis: Axis, sequence_parallel: bool, features: int) -> dict[str, T
     if axis.size > 1:
         assert down.weight.shard == Shard(1, axis.share(features).start, features)
     x.requires_grad_()
-    length = x.shape[1] if sequence_parallel else None
+    tp = TensorParallel(axis, sequence_parallel)
     here = scatter(x, axis, 1) if sequence_parallel else x
-    y = here * (copy(norm, axis) if sequence_parallel else norm)  # a whole parameter, on this rank's positions alone
-    y = here + leave(down(F.silu(up(enter(y, axis, length)))), axis, sequence_parallel=sequence_parallel)
+    y = here * tp.whole(norm)
+    y = here + tp.leave(down(F.silu(up(tp.enter(y, x.shape[1])))))
     if sequence_parallel:
         y = gather_without_sum(y, axis, x.shape[1])
     loss = (y * random(2, 7, 6, seed=5)).sum()
@@ -165,9 +165,9 @@ def embed_and_score(axis: Axis, vocab_size: int, tied: bool, scale: float, seque
     with torch.no_grad():
         embedding.weight.copy_(part(random(vocab_size, 5, seed=1), axis, 0))
     output = embedding.weight if tied else part(random(vocab_size, 5, seed=2), axis, 0).requires_grad_()
-    x = leave(embedding(tokens), axis, sequence_parallel=sequence_parallel)
-    length = tokens.shape[1] if sequence_parallel else None
-    logits = F.linear(enter(scale * torch.tanh(x), axis, length), output)
+    tp = TensorParallel(axis, sequence_parallel)
+    x = tp.leave(embedding(tokens))
+    logits = F.linear(tp.enter(scale * torch.tanh(x), tokens.shape[1]), output)
     loss = vocab_parallel_cross_entropy_sum(logits, targets, mask, axis, vocab_size)
     wanted = [embedding.weight] if tied else [embedding.weight, output]
     return {"loss": loss.detach(), "gradients": torch.autograd.grad(loss * 0.3, wanted)}
