@@ -124,6 +124,7 @@ def flex(setting: Setting, length: int) -> Attend:
     def in_window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (j > i - setting.window)
 
+    torch.compiler.reset()  # it compiles one function for a few shapes only, and from then on runs it uncompiled
     mask = create_block_mask(in_window, None, None, length, length, device=setting.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 

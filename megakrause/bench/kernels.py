@@ -90,7 +90,7 @@ SHIPPED = [
     *(Case(docs=True, select=select) for select in (True, False)),
     *(Case(dropout=0.1, select=select) for select in (True, False)),
     *(Case(docs=True, select=False, bias=False, d=d) for d in (64, 128)),
-    *(Case(window=None, grid=Grid(8, 8, 1)) for _ in range(1)),
+    Case(window=None, grid=Grid(8, 8, 1)),
     *(Case(window=None, grid=Grid(14, 14, 2, "chebyshev"), select=select) for select in (True, False)),
 ]
 

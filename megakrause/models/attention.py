@@ -121,7 +121,8 @@ class SoftmaxCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
         if cache is not None:
             k, v = cache.extend(k, v, sequence.start)
-        mask = partial(sequence.mask, k.shape[1], self.window, q.device)
+        window = self.window if self.window is not None and self.window < k.shape[1] else None
+        mask = partial(sequence.mask, k.shape[1], window, q.device)
         return softmax_attention(q, k, v, window=self.window, doc_start=sequence.doc_start, mask=mask)
 
     def new_cache(self) -> Cache:

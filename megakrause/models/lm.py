@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
         return self.head(x, s)
 
     def new_cache(self) -> ModelCache:
-        """An empty cache: `window` entries for a Krause layer, as many as there are positions for a softmax layer."""
+        """An empty cache: `window` entries for a layer that has one, as many as there are positions for the others."""
         return ModelCache([block.new_cache() for block in self.blocks])  # type: ignore[operator]
 
 

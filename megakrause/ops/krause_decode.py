@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakrause.ops.krause_launch import Launch, triton_refuses
+from megakrause.ops.krause_launch import Launch, decode_refuses
 from megakrause.ops.krause_tiles import INTEGERS, LOG2_E, load_keys, load_rows, multiply, select, store_rows
 
 
@@ -50,16 +50,31 @@ def krause_decode(
 ) -> Tensor:  # [b, 1, h, d]
     """Krause attention of one new token of each sequence, whose key and value enter the ring. Has no gradient.
 
-    backend: "triton", "torch", or "auto": triton on a CUDA device for what it can take, else torch."""
-    refusal = triton_refuses(q, ring.window, None, top_k)
+    backend: "triton", "torch", or "auto": triton on a CUDA device for what it can take, else torch.
+
+    Raises ValueError for arguments that do not fit together or that the backend cannot take."""
+    b, _, h, d = q.shape
+    _, window, h_kv, _ = ring.k.shape
+    if q.shape[1] != 1 or k.shape != (b, 1, h_kv, d) or v.shape != k.shape or h % h_kv:
+        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        raise ValueError(f"{shapes} do not fit a ring of {list(ring.k.shape)}; one position each, h a multiple of h_kv")
+    if not q.dtype == k.dtype == v.dtype == ring.k.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, the ring {ring.k.dtype}; they must be the same")
+    if position.shape != (b,) or position.dtype != torch.int32:
+        raise ValueError(f"position is {position.dtype} {list(position.shape)}; it must be int32 [{b}]")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k}; it must be at least 1, or None for no selection")
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend = {backend!r}; use one of auto, torch, triton")
+    refusal = decode_refuses(q, ring.k, window, top_k)
     if backend == "triton" and refusal is not None:
         raise ValueError(f"backend = 'triton' takes {refusal}; use 'torch' or 'auto'")
     use_triton = backend == "triton" or (backend == "auto" and q.is_cuda and refusal is None)
-    if top_k is not None and top_k >= ring.window:
+    if top_k is not None and top_k >= window:
         top_k = None
-    return krause_decode_operator(
-        q, k, v, log_sigma, ring.k, ring.v, ring.half_squares, position, top_k, "triton" if use_triton else "torch"
-    )
+    backend = "triton" if use_triton else "torch"
+    with torch.no_grad():
+        return krause_decode_operator(q, k, v, log_sigma, ring.k, ring.v, ring.half_squares, position, top_k, backend)
 
 
 @torch.library.custom_op("megakrause::krause_decode", mutates_args=("ring_k", "ring_v", "ring_half_squares"))

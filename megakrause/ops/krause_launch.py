@@ -15,6 +15,7 @@ from megakrause.ops.krause_tiles import CHEBYSHEV, MANHATTAN, WINDOW
 
 MAX_SELECTED = 1024  # keys a row may see where it selects: they are held in registers
 MAX_HEAD_DIM = 128
+MAX_RING = 2**14  # keys times rows of a decoding step: 64 registers of each thread
 MAX_REGISTERS = 255  # of a thread; unless told, ptxas may spill to make room for more threads
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; decided when they are imported
 
@@ -33,6 +34,10 @@ def triton_refuses(q: Tensor, window: int | None, grid: Grid | None, top_k: int 
     assert seen is not None
     if not q.is_cuda and not INTERPRETED:
         return f"CUDA tensors, not {q.device.type} ones (but with TRITON_INTERPRET=1 set before the start)"
+    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (8, 0)):
+        return f"NVIDIA GPUs from sm_80 on, not {torch.cuda.get_device_name(q.device)}"
+    if not q.is_cuda and q.dtype == torch.bfloat16:  # whose products are wrong there
+        return "float32 and float16 in Triton's interpreter, not torch.bfloat16"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"float32, float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] > MAX_HEAD_DIM:
@@ -40,6 +45,16 @@ def triton_refuses(q: Tensor, window: int | None, grid: Grid | None, top_k: int 
     if top_k is not None and top_k < seen and seen > MAX_SELECTED:
         return f"a selection among at most {MAX_SELECTED} keys, not {seen}"
     return None
+
+
+def decode_refuses(q: Tensor, k: Tensor, window: int, top_k: int | None) -> str | None:
+    """As `triton_refuses`, for one new token and a ring of `window` keys, all of which lie in registers."""
+    rows = max(16, triton.next_power_of_2(q.shape[2] // k.shape[2]))
+    if window * rows > MAX_RING:
+        return (
+            f"a ring of at most {MAX_RING // rows} keys for {q.shape[2] // k.shape[2]} query heads each, not {window}"
+        )
+    return triton_refuses(q, window, None, top_k)
 
 
 @dataclass(frozen=True)

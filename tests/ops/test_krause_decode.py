@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,9 +131,30 @@ def test_the_operator_keeps_torch_librarys_rules(backend: str) -> None:
     torch.library.opcheck(krause_decode_operator, arguments)
 
 
-def test_a_backend_that_cannot_take_the_ring_says_so() -> None:
-    q, k, v, log_sigma = inputs(1, 1, 2, 1, 8, "triton")
-    with pytest.raises(
-        ValueError, match="backend = 'triton' takes a selection among at most 1024 keys, not 2000.*'torch'"
-    ):
-        krause_decode(q, k, v, log_sigma, KeyRing(2000, k), at(0, q), top_k=3, backend="triton")
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(window=2000, backend="triton"), "takes a ring of at most 1024 keys for 2 query heads each.*'torch'"),
+        (dict(backend="fast"), "backend = 'fast'; use one of"),
+        (dict(top_k=0), "top_k = 0; it must be at least 1"),
+        (dict(heads=3, kv_heads=2), "h a multiple of h_kv"),
+        (dict(position=torch.zeros(2, dtype=torch.int32)), r"position is torch.int32 \[2\]; it must be int32 \[1\]"),
+        (dict(position=torch.zeros(1, dtype=torch.int64)), "position is torch.int64"),
+        (dict(dtype=torch.float64), "torch.float64, the ring torch.float32"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], says: str) -> None:
+    settings = (
+        dict(window=8, heads=2, kv_heads=1, top_k=3, backend="torch", dtype=torch.float32, position=None) | changes
+    )
+    q, k, v, log_sigma = inputs(1, 1, settings["heads"], settings["kv_heads"], 8)
+    ring, step = KeyRing(settings["window"], k), (x.to(settings["dtype"]) for x in (q, k, v))
+    position = at(0, q) if settings["position"] is None else settings["position"]
+    with pytest.raises(ValueError, match=says):
+        krause_decode(*step, log_sigma, ring, position, top_k=settings["top_k"], backend=settings["backend"])
+
+
+def test_it_has_no_gradient() -> None:
+    q, k, v, log_sigma = (x.requires_grad_() for x in inputs(1, 1, 2, 1, 8))
+    assert not krause_decode(q, k, v, log_sigma, KeyRing(4, k), at(0, q)).requires_grad

@@ -20,7 +20,7 @@ from megakrause import Grid, krause_attention
 from megakrause.ops import krause_backward, krause_forward
 from megakrause.ops.krause_launch import Launch
 from megakrause.ops.krause_reference import visible
-from megakrause.ops.softmax import causal_mask
+from megakrause.ops.softmax import _by_kernel, causal_mask
 from tests.ops.cases import DEVICE, Case, error, inputs, on_grid, pairwise, run
 
 # The interpreter's numpy warns of inf - inf and the like on rows that see nothing; their results are not used.
@@ -151,20 +151,6 @@ def test_grids_equal_the_reference_in_16_bits(dtype: torch.dtype) -> None:
 
 
 # ---- the selection
-
-
-def weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
-    """p [h, s, s_k] of one sequence: values are unit vectors."""
-    s_k, h_kv, d = k.shape[1], k.shape[2], k.shape[3]
-    parts = []
-    for start in range(0, s_k, d):
-        v = torch.zeros_like(k)
-        for j in range(start, min(start + d, s_k)):
-            v[:, j, :, j - start] = 1
-        on = (t.to(DEVICE) for t in (q, k, v, torch.zeros(q.shape[2])))
-        parts.append(krause_attention(*on, backend="triton", **options).cpu()[0])
-    assert h_kv == q.shape[2]
-    return torch.cat(parts, dim=-1)[..., :s_k].transpose(0, 1)
 
 
 def expected_selection(z: Tensor, seen: Tensor, top_k: int) -> Tensor:
@@ -320,6 +306,30 @@ def test_nothing_outside_the_grids_neighbourhood_has_any_influence(grid: Grid) -
         assert torch.equal((dv != 0).any(-1)[0, :, 0].cpu(), seen[i])
         assert not dk[0, ~seen[i]].any()
         assert not dq[0, torch.arange(s) != i].any()
+
+
+@pytest.mark.parametrize("heads, kv_heads, halo, window, documents", [(2, 2, 0, 20, False), (6, 2, 9, 90, True)])
+def test_windowed_softmax_by_the_same_kernels(
+    heads: int, kv_heads: int, halo: int, window: int, documents: bool
+) -> None:
+    q, k, v, _ = inputs(b=2, s=70, heads=heads, kv_heads=kv_heads, halo=halo, d=16)
+    doc_start = (torch.arange(70, dtype=torch.int32) // 25 * 25 + halo).expand(2, 70) if documents else None
+    upstream = on_grid(*q.shape, generator=torch.Generator().manual_seed(7))
+
+    def with_gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        device = DEVICE if backend == "triton" else "cpu"
+        leaves = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        starts = None if doc_start is None else doc_start.to(device)
+        out = _by_kernel(*leaves, window, starts, backend)
+        return [x.cpu().double() for x in (out, *torch.autograd.grad(out, leaves, upstream.to(out)))]
+
+    seen = causal_mask(70, 70 + halo, doc_start, q.device, window)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    heads_first = (x.transpose(1, 2) for x in leaves)
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    expected = [out, *torch.autograd.grad(out, leaves, upstream)]
+    for actual, exact in zip(with_gradients(torch.float32, "triton"), expected, strict=True):
+        assert error(actual, exact, 1) < 1e-5  # float32, tf32x3 products; sums of at most 90 terms
 
 
 def test_layout_in_memory_does_not_matter() -> None:
