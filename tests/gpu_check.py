@@ -115,6 +115,8 @@ def call(*command: str, **environment: str) -> None:
 def check_kernels(output: Path) -> None:
     tests = [str(ROOT / "tests/ops" / name) for name in TESTS]
     options = ["-q", "--maxfail=30", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling, on one core each
+        options += ["-n", str(min(12, os.cpu_count() or 1))]
     call(sys.executable, "-m", "pytest", *tests, *options, MEGAKRAUSE_TEST_GPU="1")
 
 

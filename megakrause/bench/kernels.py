@@ -49,7 +49,13 @@ class Case:
 
     def __str__(self) -> str:
         seen = f"W {self.window}" if self.grid is None else f"{self.grid.metric} {self.grid.radius}"
-        extras = {"group": self.group > 1, "documents": self.docs, "dropout": self.dropout, "softmax": not self.bias}
+        extras = {
+            "all kept": not self.select,
+            "group": self.group > 1,
+            "documents": self.docs,
+            "dropout": self.dropout,
+            "softmax": not self.bias,
+        }
         return ", ".join([f"{self.dtype} d {self.d} {seen}", *(name for name, on in extras.items() if on)])
 
     def launches(self, capability: int) -> Iterator[Compilation]:
@@ -162,9 +168,9 @@ class Recorder(Launch):
         self.recorded.append(Compilation(kernel, arguments, constants, warps, stages))
 
 
-def run(capabilities: list[int], shipped: bool, json_path: Path | None, markdown_path: Path | None) -> None:
+def run(capabilities: list[int], every: bool, json_path: Path | None, markdown_path: Path | None) -> None:
     """Compiles, prints the table and writes it. Raises UserError when a kernel does not compile."""
-    rows = compile_all(SHIPPED if shipped else ONE_OF_EACH, capabilities)
+    rows = compile_all(SHIPPED if every else ONE_OF_EACH, capabilities)
     title = f"Triton {triton.__version__}; registers a thread, stack and shared memory in bytes, spills in instructions"
     print(title)
     print(table(rows))

@@ -15,19 +15,31 @@ from typing import Any
 
 import torch
 
+QUEUED_SECONDS = 0.01  # that a GPU is kept busy for one measurement, so that starting the first call hides
+
 
 def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after one round that does not count."""
+    """Seconds of one call of each contestant in each round, after one round that does not count. A GPU is given as many
+    calls at a time as keep it busy for a while."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
+    calls = dict.fromkeys(contestants, 1)
+    for name, run in contestants.items():
+        run()
+        if torch.cuda.is_available():
+            calls[name] = max(1, min(200, int(QUEUED_SECONDS / _time(run, 1))))
+    for _ in range(rounds):
         for name, run in contestants.items():
-            _synchronize()
-            began = time.perf_counter()
-            run()
-            _synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(_time(run, calls[name]))
     return seconds
+
+
+def _time(run: Callable[[], Any], calls: int) -> float:
+    _synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    _synchronize()
+    return (time.perf_counter() - began) / calls
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
