@@ -139,6 +139,13 @@ def grad_keys(
     if KIND == WINDOW:  # queries from the first key's own position to the last one whose window reaches the last key
         blocks_from = tl.maximum(block - (s_k - s), 0)
         blocks_to = tl.minimum(block + COLUMNS - 1 + window - (s_k - s), s)
+        if DOCS:  # and to the last one whose document begins before the last key
+            last = blocks_from
+            for part in range(blocks_from, blocks_to, 1024):
+                position = part + tl.arange(0, 1024)
+                begins = tl.load(doc_start + batch * s + position, mask=position < blocks_to, other=2**30)
+                last = tl.maximum(last, tl.max(tl.where(begins < block + COLUMNS, position + 1, 0), 0))
+            blocks_to = last
         num_blocks = tl.cdiv(tl.maximum(blocks_to - blocks_from, 0), POSITIONS)
     else:
         blocks_from, num_blocks = grid_tiles(block, block + COLUMNS - 1, s, width, radius, POSITIONS, CLS)

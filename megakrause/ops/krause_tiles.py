@@ -152,6 +152,17 @@ def largest_below(tiles, bound, TILES: tl.constexpr):
 
 
 @triton.jit
+def around(tiles, bound, TILES: tl.constexpr):
+    """Of each row, [r]: the largest z < bound, -inf if there is none, and the smallest z >= bound."""
+    below = tl.max(tl.where(tiles[0] < bound[:, None], tiles[0], float("-inf")), 1)
+    above = tl.min(tl.where(tiles[0] < bound[:, None], float("inf"), tiles[0]), 1)
+    for t in tl.static_range(1, TILES):
+        below = tl.maximum(below, tl.max(tl.where(tiles[t] < bound[:, None], tiles[t], float("-inf")), 1))
+        above = tl.minimum(above, tl.min(tl.where(tiles[t] < bound[:, None], float("inf"), tiles[t]), 1))
+    return below, above
+
+
+@triton.jit
 def select(tiles, num_seen, top_k, TILES: tl.constexpr):
     """Exact top-k of rows that lie in registers as a tuple of tiles [r, c], -inf where not seen.
 
@@ -209,8 +220,7 @@ def select(tiles, num_seen, top_k, TILES: tl.constexpr):
             done = done | ~(count_not_below(tiles, kth, TILES) < k)  # so written, NaN ends the walk too
             kth = tl.where(done, kth, largest_below(tiles, kth, TILES))
             busy = tl.max((~done).to(tl.int32), 0)
-    cut = tl.where(split, low, kth)
-    below = largest_below(tiles, cut, TILES)
+    below, cut = around(tiles, tl.where(split, low, kth), TILES)
     separator = cut * 0.5 + below * 0.5
     separator = tl.where(separator > below, separator, tl.where(below == float("-inf"), below, cut))
     return tl.where(all_kept, float("-inf"), cut), tl.where(all_kept, float("-inf"), separator)
