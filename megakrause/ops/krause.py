@@ -59,7 +59,7 @@ def krause_attention(
     backend = _choose(q, window, grid, top_k, backend)
     if window is not None:
         k, v, doc_start = _last_keys(q, k, v, doc_start, window)
-    if backend == "reference":
+    if backend == "reference" or not len(q):  # an empty batch has nothing to cut into blocks or programs
         with torch.autocast(q.device.type, enabled=False):  # it would compare z in bfloat16
             return krause_reference(
                 q,

@@ -89,7 +89,8 @@ def select_and_attend(
     kv = head // (h // h_kv)
     k += (batch * s_k * h_kv + kv) * HEAD_DIM
     v += (batch * s_k * h_kv + kv) * HEAD_DIM
-    half_squares += (batch * h_kv + kv) * s_k
+    if BIAS:
+        half_squares += (batch * h_kv + kv) * s_k
     rows = load_rows(q + corner * HEAD_DIM, offset, exists, HEAD_DIM, D)
     column = tl.arange(0, COLUMNS)
     newest = start + ROWS // PACK + (s_k - s) - COLUMNS if KIND == WINDOW else start * 0  # where tile 0 starts

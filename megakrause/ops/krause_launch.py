@@ -157,7 +157,7 @@ class Launch:
 
     @property
     def scalars(self) -> tuple[int | float, ...]:
-        """S, S_K, H, H_KV, window, width, radius, seed, dropout_threshold, dropout_scale."""
+        """s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale."""
         width, radius = (self.grid.width, self.grid.radius) if self.grid is not None else (1, 0)
         threshold = round(self.dropout * 2**32) - 2**31
         sizes = self.s, self.s_k, self.h, self.h_kv, self.window or 0, width, radius

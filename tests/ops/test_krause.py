@@ -276,6 +276,15 @@ def test_a_row_that_sees_nothing_gives_zeros_and_passes_no_gradient(backend: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_gives_an_empty_output(backend: str) -> None:
+    q, k = (torch.zeros(0, 5, heads, 16, requires_grad=True) for heads in (4, 2))
+    out = krause_attention(q, k, k, torch.zeros(4), window=3, top_k=2, backend=backend)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert k.grad is not None and k.grad.shape == k.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_documents_packed_in_one_sequence_are_as_alone(backend: str) -> None:
     q, k, v, log_sigma = inputs(b=1, s=60)
     lengths = [1, 30, 1, 1, 20, 7]
