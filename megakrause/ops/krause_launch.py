@@ -109,6 +109,8 @@ class Launch:
         # coordinates of a grid take registers.
         if self.capability >= 100 or self.dropout > 0 or self.grid is not None:
             rows = min(rows, 32)
+        if self.capability < 90 and held == 128:  # operands of products are in registers too
+            rows = min(rows, 32)
         if wide:
             rows, warps = 16, 4 if held <= 128 and self.padded_head_dim <= 64 else 8
         if self.window is not None:  # a block's positions lie within one tile
