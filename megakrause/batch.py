@@ -30,6 +30,11 @@ class TokenBatch:
         """Some of the sequences."""
         return self._map(lambda tensor: tensor[rows])
 
+    def at(self, positions: slice) -> TokenBatch:
+        """Some of the positions; `doc_start` stays that of all."""
+        tokens, targets, loss_mask = (x[:, positions] for x in (self.tokens, self.targets, self.loss_mask))
+        return TokenBatch(tokens, targets, loss_mask, self.doc_start)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         doc_start = None if self.doc_start is None else change(self.doc_start)
         return TokenBatch(change(self.tokens), change(self.targets), change(self.loss_mask), doc_start)

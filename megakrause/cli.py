@@ -47,7 +47,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         from megakrause.parallel.mesh import Mesh
         from megakrause.training.loop import train
 
-        train(config, Mesh.start())
+        train(config, Mesh.start(config.parallel))
 
     parser = _command(
         commands,

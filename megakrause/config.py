@@ -95,6 +95,12 @@ class ModelConfig(Section):
         return self.kv_heads or self.heads
 
     @property
+    def legal_tp(self) -> list[int]:
+        """How many tensor-parallel ranks can share the heads: each has whole ones, and those of its queries' keys."""
+        kv = self.num_kv_heads
+        return [n for n in range(1, self.heads + 1) if self.heads % n == 0 and (kv % n == 0 or n % kv == 0)]
+
+    @property
     def deep_init_std(self) -> float:
         """init_std of the layers that write to the residual stream, two a block (GPT-2)."""
         return self.init_std / (2 * self.layers) ** 0.5
@@ -150,7 +156,42 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    zero: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage")
+    """How the work is shared; the number of processes is a multiple of pp x cp x tp, the rest is data parallelism."""
+
+    tp: int = Field(default=1, gt=0, description="tensor parallelism: ranks that share every layer's features")
+    pp: int = Field(default=1, gt=0, description="pipeline parallelism: stages that share the layers")
+    cp: int = Field(default=1, gt=0, description="context parallelism: ranks that share every sequence's positions")
+    sequence_parallel: bool = Field(
+        default=False, description="tensor-parallel ranks share the positions between their regions"
+    )
+    stages: list[int] | None = Field(
+        default=None, description="layers of each pipeline stage; default: balanced, the head counted"
+    )
+    zero: Literal[0, 1, 2, 3] = Field(default=0, description="DeepSpeed ZeRO stage; with pp > 1 at most 1")
+    offload: bool = Field(default=False, description="keep master weights and moments in host memory; zero >= 1")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="what the backward pass computes again: nothing, what is cheap (attention cores, activation "
+        "functions), or all of a block",
+    )
+    timeout: int = Field(default=600, gt=0, description="seconds after which ranks that wait for another give up")
+
+    @model_validator(mode="after")
+    def check(self) -> ParallelConfig:
+        if self.pp > 1 and self.zero > 1:
+            raise ValueError(
+                f"parallel.zero = {self.zero} with parallel.pp = {self.pp}: a pipeline accumulates gradients that ZeRO "
+                "2 and 3 would have cut; use parallel.zero = 1, or parallel.pp = 1"
+            )
+        if self.offload and self.zero == 0:
+            raise ValueError("parallel.offload = true needs optimizer states in parts; use parallel.zero = 1 to 3")
+        if self.stages is not None and (len(self.stages) != self.pp or min(self.stages) < 1):
+            raise ValueError(
+                f"parallel.stages = {self.stages} must list at least one layer for each of {self.pp} stages"
+            )
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("parallel.sequence_parallel = true shares positions over parallel.tp ranks; set tp > 1")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -184,12 +225,42 @@ class RunConfig(Section):
                 f"train.seq_len = {self.train.seq_len} is longer than the learned positions allow; "
                 f"use at most model.max_positions = {limit}"
             )
+        self._check_layout()
         if self.train.eval_every and self.data.valid is None:
             raise ValueError(
                 f"train.eval_every = {self.train.eval_every} needs data.valid; "
                 "name a corpus or set train.eval_every = 0"
             )
         return self
+
+    def _check_layout(self) -> None:
+        """Raises ValueError for a model that the layout cannot cut."""
+        model, parallel, seq_len = self.model, self.parallel, self.train.seq_len
+        heads, legal = model.heads, model.legal_tp
+        if parallel.tp not in legal:
+            raise ValueError(
+                f"parallel.tp = {parallel.tp} cannot share model.heads = {heads} and model.kv_heads = "
+                f"{model.num_kv_heads}; use one of {legal}"
+            )
+        if seq_len % parallel.cp:
+            raise ValueError(
+                f"train.seq_len = {seq_len} cannot be shared by parallel.cp = {parallel.cp}; use a multiple of it"
+            )
+        if "softmax" in model.attention_of_layers and heads // parallel.tp % parallel.cp:
+            raise ValueError(
+                f"parallel.cp = {parallel.cp} cannot share the {heads // parallel.tp} heads that softmax layers have "
+                "on a tensor-parallel rank; use a divisor of them, or windowed attention in all layers"
+            )
+        if parallel.pp > model.layers:
+            raise ValueError(
+                f"model.layers = {model.layers} are too few for parallel.pp = {parallel.pp} stages; "
+                f"use at most {model.layers}"
+            )
+        if parallel.stages is not None and sum(parallel.stages) != model.layers:
+            raise ValueError(
+                f"parallel.stages = {parallel.stages} have {sum(parallel.stages)} layers in all, "
+                f"model.layers = {model.layers}; they must agree"
+            )
 
     def accumulation(self, dp: int) -> tuple[int, int]:
         """(sequences per micro-batch, micro-batches per step) on each of `dp` data-parallel ranks.

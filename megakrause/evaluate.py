@@ -13,7 +13,7 @@ from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 from megakrause.ops.cross_entropy import cross_entropy_sum
-from megakrause.parallel.mesh import ALONE, Mesh
+from megakrause.parallel.mesh import Mesh
 from megakrause.training.evaluate import Evaluation, evaluate
 
 TOKENS_AT_ONCE = 4096
@@ -41,4 +41,4 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
 
     batches = eval_batches(windows, batch=batch, rank=0, ranks=1, limit=0)
     total = num_eval_batches(windows, batch=batch, ranks=1, limit=0)
-    return evaluate(loss_sum, batches, Mesh(ALONE, device), corpus.bytes_per_token, total)
+    return evaluate(loss_sum, batches, Mesh.alone(device), corpus.bytes_per_token, total)

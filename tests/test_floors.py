@@ -25,7 +25,7 @@ TOP = 5  # the floor of every file directly in megakrause/ that the table does n
 # Pairs on one floor of which the first may import the second. The plain files of a floor lie in one folder.
 NEIGHBOURS = {("hf", "checkpoint")}
 
-ONLY_HERE = {"deepspeed": {"training/engine.py", "training/engine_state.py", "training/extensions.py"}}
+ONLY_HERE = {"deepspeed": {f"training/{name}.py" for name in ("engine", "engine_state", "extensions", "pipeline")}}
 
 
 def module_name(package: Path, path: Path) -> str:

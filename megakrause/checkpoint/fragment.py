@@ -1,8 +1,30 @@
 """The unit in which training state leaves and enters a running engine."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class Box:
+    """What a rank holds of a parameter of shape `shape`: the part of shape `size` from the corner `start` on, cut along
+    one dim at most."""
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @staticmethod
+    def whole(shape: tuple[int, ...]) -> Box:
+        return Box(shape, (0,) * len(shape), shape)
+
+    @property
+    def dim(self) -> int | None:
+        """Along which it is cut; None: it is the whole."""
+        cut = [dim for dim, (part, whole) in enumerate(zip(self.size, self.shape, strict=True)) if part != whole]
+        return cut[0] if cut else None
 
 
 @dataclass(frozen=True)

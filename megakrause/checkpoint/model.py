@@ -6,12 +6,11 @@ import tomllib
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from megakrause.checkpoint.read import Checkpoint
-from megakrause.config import RunConfig, parse_config
+from megakrause.config import ModelConfig, RunConfig, parse_config
 from megakrause.errors import UserError
-from megakrause.models.build import build_model
+from megakrause.models.build import build_model, whole_shapes
 from megakrause.models.lm import LanguageModel
 
 
@@ -27,17 +26,18 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Path:
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
     """The model in float32, in evaluation mode. Raises UserError when the checkpoint does not hold all of it."""
-    model = build_model(stored_config(checkpoint).model)
-    check_shapes(checkpoint, model)
+    config = stored_config(checkpoint).model
+    check_shapes(checkpoint, config)
+    model = build_model(config)
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(checkpoint.weights(name))
     return model.to(device).eval()
 
 
-def check_shapes(checkpoint: Checkpoint, model: nn.Module) -> None:
+def check_shapes(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Raises UserError when the checkpoint is of another model."""
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    expected = whole_shapes(config)
     for name in [*expected, *checkpoint.shapes]:
         here, there = expected.get(name, "not there"), checkpoint.shapes.get(name, "not there")
         if here != there:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from megakrause.checkpoint.files import FileRecord, check_file
+from megakrause.checkpoint.fragment import Box
 from megakrause.checkpoint.write import FORMAT, committed_folders
 from megakrause.errors import UserError
 from megakrause.parallel.mesh import ALONE, Axis
@@ -20,12 +21,47 @@ from megakrause.parallel.mesh import ALONE, Axis
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where elements [offset, offset + numel) of a flattened parameter lie."""
+    """Elements [offset, offset + numel) of a flattened box, and where they lie."""
 
+    box: Box
     offset: int
     numel: int
     file: str
     key: str
+
+
+@dataclass(frozen=True)
+class _Rectangle:
+    """Rows and columns of a parameter seen as a matrix, row by row from element `offset` of a flat tensor on."""
+
+    rows: range
+    columns: range
+    offset: int
+
+    def flat(self, rows: range) -> slice:
+        """Where some of its rows lie in the flat tensor."""
+        first = self.offset + (rows.start - self.rows.start) * len(self.columns)
+        return slice(first, first + len(rows) * len(self.columns))
+
+
+def _rectangles(box: Box, dim: int, offset: int, numel: int) -> list[_Rectangle]:
+    """What elements [offset, offset + numel) of a flattened box are of the matrix that the parameter is when the dims
+    before `dim` are its rows: the rest of a row, whole rows, the beginning of a row."""
+    inner = math.prod(box.size[dim + 1 :])
+    width, corner = math.prod(box.size[dim:]), (box.start[dim] * inner if box.start else 0)
+    found, here, end = [], offset, offset + numel
+    while here < end:
+        row, column = divmod(here, width)
+        whole_rows = 0 if column else (end - here) // width
+        count = whole_rows * width or min(width - column, end - here)
+        columns = range(corner, corner + width) if whole_rows else range(corner + column, corner + column + count)
+        found.append(_Rectangle(range(row, row + max(1, whole_rows)), columns, here - offset))
+        here += count
+    return found
+
+
+def _common(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 class Checkpoint:
@@ -69,21 +105,34 @@ class Checkpoint:
         self._read_index()
         return self._shapes
 
-    def read(self, name: str, kind: str, offset: int, numel: int) -> torch.Tensor:
-        """Elements [offset, offset + numel) of a flattened parameter or moment, fp32 [numel]; only these are read.
+    def read(self, name: str, kind: str, offset: int, numel: int, box: Box | None = None) -> torch.Tensor:
+        """Elements [offset, offset + numel) of the flattened box (None: the whole) of a parameter or moment, fp32
+        [numel]; only these are read, from whatever boxes the checkpoint holds.
 
         Raises UserError when the checkpoint does not hold them all."""
-        self._read_index()
+        box = box or Box.whole(self.shapes.get(name, (numel,)))
         result, filled = torch.empty(numel), 0
         for piece in self._pieces.get((name, kind), []):
-            start, end = max(offset, piece.offset), min(offset + numel, piece.offset + piece.numel)
-            if start < end:
-                stored = self._file(piece.file).get_slice(piece.key)[start - piece.offset : end - piece.offset]
-                result[start - offset : end - offset] = stored
-                filled += end - start
+            dim = box.dim if piece.box.dim is None else piece.box.dim
+            if piece.box.shape != box.shape or box.dim not in (None, dim):
+                raise UserError(f"{self.folder} holds {name} cut as {piece.box}; it cannot be read as {box}")
+            wanted = _rectangles(box, dim or 0, offset, numel)
+            for there in _rectangles(piece.box, dim or 0, piece.offset, piece.numel):
+                filled += sum(self._copy(piece, there, here, result) for here in wanted)
         if filled != numel:
             raise UserError(f"{self.folder} holds {filled} of the {numel} elements of {kind} of {name} that are needed")
         return result
+
+    def _copy(self, piece: _Piece, there: _Rectangle, here: _Rectangle, result: torch.Tensor) -> int:
+        """Copies what two rectangles have in common; returns how many elements that is."""
+        rows, columns = _common(there.rows, here.rows), _common(there.columns, here.columns)
+        if not rows or not columns:
+            return 0
+        stored = self._file(piece.file).get_slice(piece.key)[there.flat(rows)].view(len(rows), -1)
+        part = slice(columns.start - there.columns.start, columns.stop - there.columns.start)
+        into = slice(columns.start - here.columns.start, columns.stop - here.columns.start)
+        result[here.flat(rows)].view(len(rows), -1)[:, into] = stored[:, part]
+        return len(rows) * len(columns)
 
     def weights(self, name: str) -> torch.Tensor:
         """A whole parameter, fp32. Raises UserError when it is not there."""
@@ -112,12 +161,9 @@ class Checkpoint:
             if not record.name.startswith("rank-"):
                 continue
             for f in json.loads(self._file(record.name).metadata()["fragments"]):
-                if f["box"] != f["shape"]:
-                    raise UserError(
-                        f"{self.folder} holds {f['name']} in slices of {f['box']}; only whole ones are read"
-                    )
-                self._shapes[f["name"]] = tuple(f["shape"])
-                piece = _Piece(f["offset"], f["numel"], record.name, f["key"])
+                box = Box(tuple(f["shape"]), tuple(f["start"]), tuple(f["box"]))
+                self._shapes[f["name"]] = box.shape
+                piece = _Piece(box, f["offset"], f["numel"], record.name, f["key"])
                 self._pieces.setdefault((f["name"], f["kind"]), []).append(piece)
 
 

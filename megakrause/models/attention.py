@@ -5,6 +5,7 @@ Shapes: b batch, s new positions, s_k key positions, e width, h query heads, d h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -14,17 +15,13 @@ from torch import Tensor, nn
 
 from megakrause.config import ModelConfig
 from megakrause.models.init import constant, normal
+from megakrause.models.layout import Layout
 from megakrause.ops.krause import krause_attention
 from megakrause.ops.krause_decode import KeyRing, krause_decode
 from megakrause.ops.rotary import apply_rotary
 from megakrause.ops.softmax import causal_mask, softmax_attention
-from megakrause.parallel.linear import (
-    ColumnParallelLinear,
-    PartOfWholeLinear,
-    RowParallelLinear,
-    TensorParallel,
-    sharded,
-)
+from megakrause.parallel.context import heads_for_positions, positions_for_heads, with_halo
+from megakrause.parallel.linear import ColumnParallelLinear, PartOfWholeLinear, RowParallelLinear, sharded
 from megakrause.parallel.mesh import Axis
 
 
@@ -73,28 +70,41 @@ Cache = GrowingCache | WindowCache
 
 @dataclass
 class Sequence:
-    """What all layers need to know of the positions they work on."""
+    """What all layers need to know of the positions they work on: those of this context-parallel rank."""
 
     start: int  # position of the first
     length: int
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, [s, d]
-    doc_start: Tensor | None  # int32 [b, s]; not together with a cache
+    all_doc_start: Tensor | None  # int32 [b, positions of all ranks]; not together with a cache
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _all: Sequence | None = None
+
+    def doc_start(self, s_k: int) -> Tensor | None:
+        """int32 [b, s]: the first key that each position may see, on an axis of the s_k keys that end with the last."""
+        if self.all_doc_start is None:
+            return None
+        own = self.all_doc_start[:, self.start : self.start + self.length]
+        first = self.start + self.length - s_k
+        return own if first == 0 else (own - first).clamp(min=0)
 
     def mask(self, s_k: int, window: int | None, device: torch.device) -> Tensor | None:
         """The mask of the softmax layers with this window, built by the first of them."""
         if (s_k, window) not in self._masks:
-            self._masks[s_k, window] = causal_mask(self.length, s_k, self.doc_start, device, window)
+            self._masks[s_k, window] = causal_mask(self.length, s_k, self.doc_start(s_k), device, window)
         return self._masks[s_k, window]
+
+    def all(self, length: int) -> Sequence:
+        """The positions of all context-parallel ranks, `length` in number."""
+        self._all = self._all or (self if length == self.length else Sequence(0, length, None, self.all_doc_start))
+        return self._all
 
 
 class KrauseCore(nn.Module):
-    def __init__(self, config: ModelConfig, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, layout: Layout):
         super().__init__()
         assert config.window is not None
-        self.window, self.top_k = config.window, config.top_k
-        sigma = torch.tensor(config.sigma)
-        self.log_sigma = constant(sharded(tp.axis, (config.heads,), 0), float(sigma.log()))
+        self.window, self.top_k, self.layout = config.window, config.top_k, layout
+        self.log_sigma = constant(sharded(layout.tp.axis, (config.heads,), 0), math.log(config.sigma))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
         if cache is not None:
@@ -103,9 +113,11 @@ class KrauseCore(nn.Module):
                 position = torch.full((len(q),), sequence.start, dtype=torch.int32, device=q.device)
                 return krause_decode(q, k, v, self.log_sigma, cache.ring(k), position, top_k=self.top_k)
             k, v = cache.extend(k, v, sequence.start)
-        return krause_attention(
-            q, k, v, self.log_sigma, window=self.window, top_k=self.top_k, doc_start=sequence.doc_start
-        )
+        k, v = with_halo(self.layout.cp, self.window - 1, k, v)
+        return self.layout.run("selective", self._attend, q, k, v, sequence.doc_start(k.shape[1]))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None) -> Tensor:
+        return krause_attention(q, k, v, self.log_sigma, window=self.window, top_k=self.top_k, doc_start=doc_start)
 
     def new_cache(self) -> Cache:
         return WindowCache(self.window)
@@ -114,16 +126,33 @@ class KrauseCore(nn.Module):
 class SoftmaxCore(nn.Module):
     """Full, or over a window."""
 
-    def __init__(self, window: int | None):
+    def __init__(self, window: int | None, layout: Layout):
         super().__init__()
-        self.window = window
+        self.window, self.layout = window, layout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
+        cp = self.layout.cp
         if cache is not None:
             k, v = cache.extend(k, v, sequence.start)
-        window = self.window if self.window is not None and self.window < k.shape[1] else None
-        mask = partial(sequence.mask, k.shape[1], window, q.device)
-        return softmax_attention(q, k, v, window=self.window, doc_start=sequence.doc_start, mask=mask)
+        if self.window is not None:
+            k, v = with_halo(cp, self.window - 1, k, v)
+            return self._attend(q, k, v, sequence)
+        # Every rank works on all positions of some heads, so that of few key/value heads several may need the same.
+        repeats = cp.size // math.gcd(k.shape[2], cp.size)
+        k, v = (x.repeat_interleave(repeats, 2) if repeats > 1 else x for x in (k, v))
+        q, k, v = (heads_for_positions(x, cp) for x in (q, k, v))
+        out = self._attend(q, k, v, sequence.all(q.shape[1]))
+        return positions_for_heads(out, cp)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+        s_k = k.shape[1]
+        window = self.window if self.window is not None and self.window < s_k else None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mask = partial(sequence.mask, s_k, window, q.device)
+            return softmax_attention(q, k, v, window=self.window, doc_start=sequence.doc_start(s_k), mask=mask)
+
+        return self.layout.run("selective", attend, q, k, v)
 
     def new_cache(self) -> Cache:
         return GrowingCache() if self.window is None else WindowCache(self.window)
@@ -132,13 +161,15 @@ class SoftmaxCore(nn.Module):
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245) around a core of the layer's kind."""
 
-    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, layer: int, layout: Layout):
         """Each rank works on its share of the query heads and the key/value heads that these need."""
         super().__init__()
-        width, d, axis = config.width, config.head_size, tp.axis
+        width, d, axis = config.width, config.head_size, layout.tp.axis
         kind, window = config.attention_of_layers[layer], config.window_of_layers[layer]
-        self.tp, self.head_size = tp, d
-        self.core: KrauseCore | SoftmaxCore = KrauseCore(config, tp) if kind == "krause" else SoftmaxCore(window)
+        self.tp, self.head_size = layout.tp, d
+        self.core: KrauseCore | SoftmaxCore = SoftmaxCore(window, layout)
+        if kind == "krause":
+            self.core = KrauseCore(config, layout)
         self.query = marked(ColumnParallelLinear(width, config.heads * d, axis, bias=config.qkv_bias), config.init_std)
         self.key, self.value = (marked(self._key_value(config, axis), config.init_std) for _ in range(2))
         self.output = marked(RowParallelLinear(config.heads * d, width, axis), config.deep_init_std)

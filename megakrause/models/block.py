@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from megakrause.config import ModelConfig
 from megakrause.models.attention import Cache, SelfAttention, Sequence, marked
 from megakrause.models.init import constant
+from megakrause.models.layout import Layout
 from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
@@ -27,26 +28,31 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """Gated feed-forward layer (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, layout: Layout):
         super().__init__()
-        self.tp = tp
+        self.layout, tp = layout, layout.tp
         self.gate, self.up = (
             marked(ColumnParallelLinear(config.width, config.mlp_width, tp.axis), config.init_std) for _ in range(2)
         )
         self.down = marked(RowParallelLinear(config.mlp_width, config.width, tp.axis), config.deep_init_std)
 
     def forward(self, x: Tensor, length: int) -> Tensor:
-        x = self.tp.enter(x, length)
-        return self.tp.leave(self.down(F.silu(self.gate(x)) * self.up(x)))
+        x = self.layout.tp.enter(x, length)
+        x = self.layout.run("selective", self._down, self.gate(x), self.up(x))
+        return self.layout.tp.leave(x)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, layer: int, layout: Layout):
         super().__init__()
+        tp = layout.tp
         self.attention_norm = RMSNorm(config.width, config.norm_eps, tp)
-        self.attention = SelfAttention(config, layer, tp)
+        self.attention = SelfAttention(config, layer, layout)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, tp)
-        self.mlp = SwiGLU(config, tp)
+        self.mlp = SwiGLU(config, layout)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), sequence, cache)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from megakrause.config import ModelConfig
-from megakrause.models.init import initialize
+from megakrause.models.init import initialize, whole_shape
+from megakrause.models.layout import Layout
 from megakrause.models.lm import LanguageModel
-from megakrause.parallel.linear import TensorParallel
 
 
-def build_model(config: ModelConfig, seed: int | None = None, tp: TensorParallel | None = None) -> LanguageModel:
+def build_model(config: ModelConfig, seed: int | None = None, layout: Layout | None = None) -> LanguageModel:
     """The model of a config whose vocab_size is known, or this rank's part of it, with the initial weights of `seed`,
     or uninitialized."""
-    model = LanguageModel(config, tp)
+    model = LanguageModel(config, layout)
     if seed is not None:
         initialize(model, seed)
     return model
+
+
+def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the whole model, by name."""
+    with torch.device("meta"):
+        return {name: whole_shape(param) for name, param in build_model(config).named_parameters()}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -26,19 +26,30 @@ def constant(param: P, value: float) -> P:
     return param
 
 
+def whole_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model, or of a rank's part of it, by their names in the whole model. (A tied weight that two
+    pipeline stages hold has one name.)"""
+    return {getattr(param, "copy_of", name): param for name, param in model.named_parameters()}
+
+
+def whole_shape(param: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter of which this rank holds a part."""
+    shape, shard = list(getattr(param, "ds_shape", param.shape)), getattr(param, "shard", None)
+    if shard is not None:
+        shape[shard.dim] = shard.total
+    return tuple(shape)
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Fills every parameter as its layer marked it. Raises AttributeError for one that no layer marked."""
-    for name, param in model.named_parameters():
+    for name, param in whole_names(model).items():
         value = getattr(param, "initial_value", None)
         if value is not None:
             param.fill_(value)
             continue
         shard: Shard | None = getattr(param, "shard", None)
-        shape = list(param.shape)
-        if shard is not None:
-            shape[shard.dim] = shard.total
-        drawn = _draw(seed, name, torch.Size(shape))
+        drawn = _draw(seed, name, torch.Size(whole_shape(param)))
         if shard is not None:
             drawn = drawn.narrow(shard.dim, shard.start, param.shape[shard.dim])
         param.copy_(drawn * param.initial_std)  # type: ignore[attr-defined]

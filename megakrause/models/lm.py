@@ -11,6 +11,7 @@ from megakrause.errors import UserError
 from megakrause.models.attention import Cache, Sequence, marked
 from megakrause.models.block import Block, RMSNorm
 from megakrause.models.init import normal
+from megakrause.models.layout import Layout
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import ColumnParallelLinear, TensorParallel
 from megakrause.parallel.vocab import VocabParallelEmbedding
@@ -25,9 +26,9 @@ class ModelCache:
 
 
 class Embedding(nn.Module):
-    def __init__(self, config: ModelConfig, vocab_size: int, tp: TensorParallel):
+    def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout):
         super().__init__()
-        self.tp = tp
+        self.tp = tp = layout.tp
         self.tokens = VocabParallelEmbedding(vocab_size, config.width, tp.axis)
         normal(self.tokens.weight, config.init_std)
         self.positions: nn.Embedding | None = None
@@ -56,60 +57,56 @@ class Head(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Logits of the next token. Parameters are uninitialized until `initialize` or a checkpoint fills them."""
+    """Logits of the next token. Parameters are uninitialized until `initialize` or a checkpoint fills them.
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel | None = None):
-        """tp: how it is cut over ranks; None: not. Raises UserError for heads that cannot be cut so."""
+    A pipeline stage has the embedding only if it is the first, the head only if it is the last, and its own blocks,
+    by the names that they have in the whole model."""
+
+    def __init__(self, config: ModelConfig, layout: Layout | None = None):
+        """layout: how it is cut over ranks; None: not. Raises UserError without a vocab_size."""
         super().__init__()
-        tp = tp or TensorParallel()
-        check_cut(config, tp.axis.size)
+        layout = layout or Layout()
         if config.vocab_size is None:
             raise UserError("model.vocab_size is missing; set it, or build the model with its tokenizer")
-        self.config = config
-        self.embedding = Embedding(config, config.vocab_size, tp)
-        self.blocks = nn.ModuleList(Block(config, layer, tp) for layer in range(config.layers))
-        self.head = Head(config, config.vocab_size, tp)
-        if config.tie_embeddings:
-            self.head.output.weight = self.embedding.tokens.weight
+        self.config, self.layout = config, layout
+        self.embedding = Embedding(config, config.vocab_size, layout) if layout.is_first else None
+        self.blocks = nn.ModuleDict({str(layer): Block(config, layer, layout) for layer in layout.layers(config)})
+        self.head = Head(config, config.vocab_size, layout.tp) if layout.is_last else None
+        if config.tie_embeddings and self.head is not None:
+            if self.embedding is not None:
+                self.head.output.weight = self.embedding.tokens.weight
+            else:
+                self.head.output.weight.copy_of = "embedding.tokens.weight"  # type: ignore[attr-defined]
 
-    def forward(self, tokens: Tensor, doc_start: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
-        """Logits [b, s, v], or this rank's share of v, after each of the tokens, int64 [b, s].
+    def forward(
+        self, x: Tensor, doc_start: Tensor | None = None, cache: ModelCache | None = None, length: int | None = None
+    ) -> Tensor:
+        """Logits [b, s, v], or this rank's share of v, after each of the tokens x, int64 [b, s]; of a later pipeline
+        stage, x is what the one before it returned, and of one that is not the last, a stream for the next.
 
-        doc_start: int32 [b, s], as in `TokenBatch`. cache: what `new_cache` gave; the tokens go on from its position.
+        Context-parallel ranks take and return their own s of the positions. doc_start: int32 [b, of all ranks], as in
+        `TokenBatch`. cache: what `new_cache` gave; the tokens go on from its position. length: s, where x is a stream.
         Raises UserError when learned positions run out."""
-        start = 0 if cache is None else cache.position
-        s = tokens.shape[1]
+        s = length or x.shape[1]
+        start = self.layout.cp.rank * s if cache is None else cache.position
         limit = self.config.max_positions
         if self.config.positions == "learned" and limit is not None and start + s > limit:
             raise UserError(
                 f"{start + s} positions are more than the learned ones; use at most model.max_positions = {limit}"
             )
-        positions = torch.arange(start, start + s, device=tokens.device)
+        positions = torch.arange(start, start + s, device=x.device)
         rotary = None
         if self.config.positions == "rope":
             rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
         sequence = Sequence(start, s, rotary, doc_start)
-        x = self.embedding(tokens, positions)
-        for i, block in enumerate(self.blocks):
-            x = block(x, sequence, None if cache is None else cache.layers[i])
+        if self.embedding is not None:
+            x = self.embedding(x, positions)
+        for i, block in enumerate(self.blocks.values()):
+            x = self.layout.run("full", block, x, sequence) if cache is None else block(x, sequence, cache.layers[i])
         if cache is not None:
             cache.position += s
-        return self.head(x, s)
+        return x if self.head is None else self.head(x, s)
 
     def new_cache(self) -> ModelCache:
         """An empty cache: `window` entries for a layer that has one, as many as there are positions for the others."""
-        return ModelCache([block.new_cache() for block in self.blocks])  # type: ignore[operator]
-
-
-def check_cut(config: ModelConfig, tp: int) -> None:
-    """Raises UserError when attention heads cannot be shared by `tp` ranks."""
-    legal = [n for n in range(1, config.heads + 1) if config.heads % n == 0 and _fits(config.num_kv_heads, n)]
-    if tp not in legal:
-        raise UserError(
-            f"model.heads = {config.heads} and model.kv_heads = {config.num_kv_heads} cannot be shared by "
-            f"{tp} tensor-parallel ranks; use one of {legal}"
-        )
-
-
-def _fits(kv_heads: int, tp: int) -> bool:
-    return kv_heads % tp == 0 or tp % kv_heads == 0
+        return ModelCache([block.new_cache() for block in self.blocks.values()])  # type: ignore[operator]

@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megakrause.parallel.mesh import Axis
@@ -112,8 +111,7 @@ def _all_shares(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
     rows = x.movedim(dim, 0)
     padded = rows.new_zeros(largest, *rows.shape[1:])
     padded[: len(rows)] = rows
-    everything = padded.new_empty(axis.size * largest, *rows.shape[1:])
-    dist.all_gather_into_tensor(everything, padded, group=axis.group)
+    everything = axis.all_gather(padded)
     if total % axis.size:
         parts = everything.split(largest)
         everything = torch.cat([part[: len(axis.share(total, rank))] for rank, part in enumerate(parts)])
@@ -130,6 +128,4 @@ def _share_of_sum(x: Tensor, axis: Axis, dim: int) -> Tensor:
             share = axis.share(total, rank)
             padded[rank, : len(share)] = rows[share.start : share.stop]
         rows = padded.flatten(0, 1)
-    result = rows.new_empty(len(rows) // axis.size, *rows.shape[1:])
-    dist.reduce_scatter_tensor(result, rows.contiguous(), group=axis.group)
-    return result[: len(axis.share(total))].movedim(0, dim).contiguous()
+    return axis.reduce_scatter(rows.contiguous())[: len(axis.share(total))].movedim(0, dim).contiguous()

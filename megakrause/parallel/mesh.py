@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from megakrause.config import ParallelConfig
 from megakrause.errors import UserError, explain_os_error
 
 T = TypeVar("T")
+
+
+@dataclass
+class Traffic:
+    """What one process has sent. A sum over n ranks counts as a ring's: 2 (n - 1) / n of its size."""
+
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Axis:
     rank: int
     size: int
     group: dist.ProcessGroup | None  # None: alone
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def share(self, total: int, rank: int | None = None) -> range:
         """Which of `total` things in order are a rank's (default: this one's): shares differ by one at most."""
@@ -39,9 +50,46 @@ class Axis:
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sums in place over the axis."""
+        return self._all_reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: torch.Tensor) -> torch.Tensor:
+        """The largest of all ranks, element by element, in place."""
+        return self._all_reduce(value, dist.ReduceOp.MAX)
+
+    def _all_reduce(self, value: torch.Tensor, op: Any) -> torch.Tensor:
         if self.size > 1:
-            dist.all_reduce(value, group=self.group)
+            self.traffic.bytes += 2 * value.nbytes * (self.size - 1) // self.size
+            dist.all_reduce(value, op, group=self.group)
         return value
+
+    def all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        """[size * n, ...]: every rank's contiguous [n, ...], in order of rank."""
+        everything = part.new_empty(self.size * len(part), *part.shape[1:])
+        self.traffic.bytes += (self.size - 1) * part.nbytes
+        dist.all_gather_into_tensor(everything, part, group=self.group)
+        return everything
+
+    def reduce_scatter(self, parts: torch.Tensor) -> torch.Tensor:
+        """[n, ...]: this rank's part of the sum of every rank's contiguous [size * n, ...]."""
+        result = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
+        self.traffic.bytes += (self.size - 1) * result.nbytes
+        dist.reduce_scatter_tensor(result, parts, group=self.group)
+        return result
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        """[size, ...]: part r is what rank r had as this rank's of its contiguous [size, ...]."""
+        result = torch.empty_like(parts)
+        self.traffic.bytes += parts.nbytes // self.size * (self.size - 1)
+        dist.all_to_all_single(result, parts, group=self.group)
+        return result
+
+    def exchange(self, sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor]) -> None:
+        """Sends to, and receives from, other ranks of the axis, all at once. Contiguous tensors, by rank."""
+        self.traffic.bytes += sum(tensor.nbytes for tensor in sent.values())
+        operations = [dist.P2POp(dist.isend, x, group=self.group, group_peer=r) for r, x in sent.items()]
+        operations += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=r) for r, x in received.items()]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
 
     def together(self, work: Callable[[], T]) -> T:
         """Does the work and returns its result; when it fails on some rank, raises one UserError on all of them.
@@ -67,24 +115,37 @@ ALONE = Axis(rank=0, size=1, group=None)
 
 @dataclass(frozen=True)
 class Mesh:
-    """The processes of a run. dp: data parallelism, every rank works on its own sequences of the same global batch."""
+    """The processes of a run, a pp x dp x cp x tp block in order of rank: tensor-parallel ranks are neighbours,
+    pipeline stages are furthest apart."""
 
-    dp: Axis
+    pp: Axis  # pipeline: each stage has some of the layers
+    dp: Axis  # data: each rank works on its own sequences of the same global batch
+    cp: Axis  # context: each rank works on its share of the positions of the same sequences
+    tp: Axis  # tensor: each rank works on its share of the features of the same positions
+    data: Axis  # dp x cp: the ranks with the same weights, over which gradients are summed and ZeRO cuts
+    world: Axis
     device: torch.device
 
     @property
     def is_main(self) -> bool:
         """Whether this process speaks for all: prints, logs, writes what exists once."""
-        return self.dp.rank == 0
+        return self.world.rank == 0
 
     @staticmethod
-    def start() -> Mesh:
-        """Joins the processes that torchrun or deepspeed started, or starts alone."""
-        if "MASTER_ADDR" in os.environ:
+    def alone(device: torch.device) -> Mesh:
+        """One process without process groups."""
+        return Mesh(ALONE, ALONE, ALONE, ALONE, ALONE, ALONE, device)
+
+    @staticmethod
+    def start(parallel: ParallelConfig | None = None) -> Mesh:
+        """Joins the processes that torchrun or deepspeed started, or starts alone. Raises UserError when their number
+        is not what `parallel` needs."""
+        parallel = parallel or ParallelConfig()
+        rank, size, local_rank = 0, 1, 0
+        if launched := "MASTER_ADDR" in os.environ:
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        else:
-            rank, size, local_rank = 0, 1, 0
+        shape = mesh_shape(parallel, size)
         device, backend = torch.device("cpu"), "gloo"
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
@@ -94,9 +155,42 @@ class Mesh:
             device, backend = torch.device("cuda", local_rank), "nccl"
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            if "MASTER_ADDR" in os.environ:
-                dist.init_process_group(backend, rank=rank, world_size=size)
+            timeout = timedelta(seconds=parallel.timeout)
+            if launched:
+                dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
             else:  # alone: no address and no port that another job could hold
                 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        return Mesh(dp=Axis(rank, size, dist.group.WORLD), device=device)
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return Mesh.of(shape, device)
+
+    @staticmethod
+    def of(shape: tuple[int, int, int, int], device: torch.device) -> Mesh:
+        """The mesh of all processes of the default group, of shape (pp, dp, cp, tp). Collective."""
+        ranks = np.arange(dist.get_world_size()).reshape(shape)
+        pp, dp, cp, tp = (make_axis(np.moveaxis(ranks, dim, -1).reshape(-1, shape[dim])) for dim in range(4))
+        data = make_axis(np.moveaxis(ranks, 3, 1).reshape(-1, shape[1] * shape[2]))
+        world = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        return Mesh(pp, dp, cp, tp, data, world, device)
+
+
+def mesh_shape(parallel: ParallelConfig, processes: int) -> tuple[int, int, int, int]:
+    """(pp, dp, cp, tp) of so many processes. Raises UserError when they are no multiple of pp x cp x tp."""
+    pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
+    if processes % (pp * cp * tp):
+        raise UserError(
+            f"{processes} processes are no multiple of parallel.pp x cp x tp = {pp} x {cp} x {tp}; "
+            f"start a multiple of {pp * cp * tp}, or change the layout",
+            everywhere=True,
+        )
+    return pp, processes // (pp * cp * tp), cp, tp
+
+
+def make_axis(rows: np.ndarray) -> Axis:
+    """The axis along that row of `rows`, ranks [axes, size], which holds this process; alone if none does. Collective
+    over all processes."""
+    group, mine = None, None
+    for row in rows.tolist():
+        made = dist.new_group(row)
+        if dist.get_rank() in row:
+            group, mine = made, row
+    return ALONE if mine is None else Axis(mine.index(dist.get_rank()), len(mine), group)

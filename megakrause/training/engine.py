@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from megakrause.batch import TokenBatch
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.config import RunConfig
+from megakrause.models.init import whole_names
 from megakrause.models.lm import LanguageModel
 from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.mesh import Mesh
+from megakrause.parallel.vocab import vocab_parallel_cross_entropy_sum
 from megakrause.training.extensions import prepare_extensions
 from megakrause.training.optimizer import build_optimizer
 
@@ -39,28 +42,46 @@ class Engine:
         prepare_extensions()
         import deepspeed
 
-        from megakrause.training import engine_state
+        from megakrause.training import engine_state, pipeline
 
-        self.mesh = mesh
+        self.mesh, self.layout = mesh, model.layout
+        assert model.config.vocab_size is not None
+        self.vocab_size = model.config.vocab_size
         self.micro_batch, self.accumulation = config.accumulation(mesh.dp.size)
-        # DeepSpeed neither measures nor clips the plain gradients of fp32 without ZeRO, so that is done here.
+        length = config.train.seq_len // mesh.cp.size
+        self._positions = slice(mesh.cp.rank * length, (mesh.cp.rank + 1) * length)
+        # DeepSpeed neither measures nor clips the plain gradients of fp32 without ZeRO, and those of a pipeline by a
+        # wrong norm, so that is done here.
         self._plain = config.parallel.zero == 0 and config.train.precision == "fp32"
         self.clip = config.optim.clip
         # Its stage 0 would accumulate bf16 gradients in bf16; stage 1 gives the same numbers as a true stage 0.
         bf16 = config.train.precision == "bf16"
-        stage = max(1, config.parallel.zero) if bf16 else config.parallel.zero
+        zero: dict[str, Any] = {"stage": max(1, config.parallel.zero) if bf16 else config.parallel.zero}
+        if config.parallel.offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
         model.to(mesh.device)
+        for param in model.parameters():  # by which DeepSpeed's norm knows what to count on every rank
+            param.tensor_model_parallel = hasattr(param, "shard")  # type: ignore[attr-defined]
         deepspeed.init_distributed(verbose=False)
+        self._module: LanguageModel | pipeline.Pipeline = model
+        if mesh.pp.size > 1:
+            self._module = pipeline.Pipeline(model, mesh, length, self._pipeline_loss)
+        optimizer = build_optimizer(model, config.optim)
+        self._norm, self._applied = 0.0, True
+        if self._plain:
+            optimizer.register_step_pre_hook(lambda *_: self._clip_plain_gradients())
         self._engine: Any
         self._engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, config.optim),
+            model=self._module,
+            optimizer=optimizer,
+            mpu=pipeline.MeshView(mesh) if mesh.pp.size == 1 and mesh.world.size > 1 else None,
             config={
-                "train_batch_size": config.train.global_batch,
+                "train_batch_size": self.micro_batch * self.accumulation * mesh.data.size,
                 "train_micro_batch_size_per_gpu": self.micro_batch,
                 "gradient_accumulation_steps": self.accumulation,
                 "gradient_clipping": 0.0 if self._plain else self.clip,
-                "zero_optimization": {"stage": stage},
+                "zero_optimization": zero,
+                "zero_force_ds_cpu_optimizer": False,
                 "bf16": {"enabled": bf16},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",
@@ -68,62 +89,86 @@ class Engine:
             },
         )
         self._state = engine_state
+        self._scale = torch.ones((), device=mesh.device)  # of the sum of losses that is differentiated
+        self._total = torch.zeros((), dtype=torch.float64, device=mesh.device)  # of the losses of a batch here
 
     def train_step(self, batch: TokenBatch, lr: float) -> StepResult:
         """One optimizer step on this rank's rows of the global batch. The loss is the mean over the tokens of all ranks
         and micro-batches, whatever masks hide."""
-        tokens = self.mesh.dp.sum(batch.loss_mask.sum().to(self.mesh.device))
+        data, pp = self.mesh.data, self.mesh.pp
+        batch = batch.at(self._positions)
+        tokens = data.sum(batch.loss_mask.sum().to(self.mesh.device))
         # DeepSpeed averages gradients over the ranks; times their number, that is their sum.
-        scale = self.mesh.dp.size / tokens.clamp(min=1)
-        self._engine.train()
+        self._scale = data.size / tokens.clamp(min=1)
+        self._total.zero_()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        norm, applied = None, True
-        for micro in range(self.accumulation):
-            rows = batch[micro * self.micro_batch : (micro + 1) * self.micro_batch].to(self.mesh.device)
-            loss = self._loss_sum(rows)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
-            total += loss.detach()
-            if self._plain and micro == self.accumulation - 1:
-                norm, applied = self._clip_plain_gradients()
-            self._engine.step()
-        if norm is None:
-            norm, applied = float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
-        mean = float(self.mesh.dp.sum(total)) / max(1, int(tokens))
-        return StepResult(mean, norm, int(tokens), applied)
+        micro_batches = (
+            batch[start : start + self.micro_batch].to(self.mesh.device)
+            for start in range(0, self.accumulation * self.micro_batch, self.micro_batch)
+        )
+        if pp.size > 1:
+            self._scale *= self.accumulation  # the pipeline divides by it
+            self._engine.train_batch(map(_for_pipeline, micro_batches))
+        else:
+            self._engine.train()
+            for rows in micro_batches:
+                loss = self._loss_sum(self._engine(rows.tokens, rows.doc_start), rows.targets, rows.loss_mask)
+                self._engine.backward(loss * self._scale, scale_wrt_gas=False)
+                self._engine.step()
+        if not self._plain:
+            self._norm, self._applied = float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+        mean = float(pp.sum(data.sum(self._total.clone()))) / max(1, int(tokens))
+        return StepResult(mean, self._norm, int(tokens), self._applied)
 
     @torch.no_grad()
     def evaluate_step(self, batch: TokenBatch) -> tuple[float, int]:
         """(sum of nats, tokens) of this rank's batch. All ranks must call it equally often (ZeRO-3 gathers weights)."""
-        self._engine.eval()
-        batch = batch.to(self.mesh.device)
-        return float(self._loss_sum(batch)), int(batch.loss_mask.sum())
+        batch = batch.at(self._positions).to(self.mesh.device)
+        self._total.zero_()
+        if self.mesh.pp.size > 1:
+            batches = iter([_for_pipeline(batch)])
+            self._engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        else:
+            self._engine.eval()
+            self._loss_sum(self._engine(batch.tokens, batch.doc_start), batch.targets, batch.loss_mask)
+        return float(self.mesh.pp.sum(self._total.clone())), int(batch.loss_mask.sum())
 
-    def _loss_sum(self, batch: TokenBatch) -> Tensor:
-        logits = self._engine(batch.tokens, batch.doc_start)
-        return cross_entropy_sum(logits, batch.targets, batch.loss_mask)
+    def _loss_sum(self, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """The sum over tokens, also added to the batch's."""
+        tp = self.mesh.tp
+        if tp.size > 1:
+            loss = vocab_parallel_cross_entropy_sum(logits, targets, mask, tp, self.vocab_size)
+        else:
+            loss = cross_entropy_sum(logits, targets, mask)
+        self._total += loss.detach()
+        return loss
 
-    def _clip_plain_gradients(self) -> tuple[float, bool]:
-        """The norm before clipping, and whether it is finite; if not, the gradients are dropped, so that the step does
-        nothing."""
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not norm.isfinite():
-            self._engine.zero_grad()
-            return float(norm), False
-        if self.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), self.clip, norm)
-        return float(norm), True
+    def _pipeline_loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
+        return self._loss_sum(logits, *labels) * self._scale
+
+    def _clip_plain_gradients(self) -> None:
+        """Before a step: measures the gradients and clips them, or drops them if they are not finite, so that the step
+        does nothing."""
+        params = [p for p in self._module.parameters() if p.grad is not None]
+        own = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None and self.layout.owns(p)])
+        squares = self.mesh.pp.sum(self.mesh.tp.sum(own.to(self.mesh.device, torch.float64) ** 2))
+        self._norm = float(squares.sqrt())
+        self._applied = math.isfinite(self._norm)
+        if not self._applied:
+            for param in params:
+                param.grad = None
+        elif self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(params, self.clip, squares.sqrt().float())
 
     def sigmas(self) -> dict[str, float]:
-        """The mean kernel width of every Krause layer, by parameter name; empty where weights are partitioned."""
-        named = self._engine.module.named_parameters()
+        """The mean kernel width of every Krause layer here, by parameter name; empty where weights are partitioned."""
+        named = whole_names(self._state.model_of(self._engine)).items()
         return {n: float(p.detach().float().exp().mean()) for n, p in named if n.endswith("log_sigma") and p.numel()}
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of weights and optimizer state, for a checkpoint; valid until the next step."""
-        return self._state.fragments(self._engine)
+        return self._state.fragments(self._engine, self.layout.owns)
 
     @property
     def optimizer_steps(self) -> int:
@@ -136,3 +181,9 @@ class Engine:
             self._state.load_weights(self._engine, checkpoint.read)
         else:
             self._state.load_fragments(self._engine, checkpoint.read, checkpoint.state["optimizer_steps"])
+
+
+def _for_pipeline(batch: TokenBatch) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """(input of the first stage, what the last one's loss needs)."""
+    inputs = batch.tokens if batch.doc_start is None else (batch.tokens, batch.doc_start)
+    return inputs, (batch.targets, batch.loss_mask)

@@ -30,20 +30,22 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from megakrause.checkpoint.fragment import Fragment
+from megakrause.checkpoint.fragment import Box, Fragment
 from megakrause.errors import UserError
+from megakrause.models.init import whole_names, whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-Read = Callable[[str, str, int, int], Tensor]
+Read = Callable[[str, str, int, int, Box], Tensor]
 
 
-def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
+def fragments(engine: DeepSpeedEngine, owns: Callable[[Parameter], bool] = lambda _: True) -> Iterator[Fragment]:
     """Yield this rank's share of all master weights and Adam moments.
 
     Over the data-parallel group, each element of each (name, kind) comes exactly once. What ZeRO partitions comes from
     its owner; what every rank holds whole (all of ZeRO-0, untrained parameters) the ranks split evenly, so that each
-    writes its part of a checkpoint. Trained parameters have the kinds "master", "exp_avg" and "exp_avg_sq"; untrained
+    writes its part of a checkpoint. Of parameters that several model-parallel ranks hold, only those that this one
+    `owns` come. Trained parameters have the kinds "master", "exp_avg" and "exp_avg_sq"; untrained
     ones only "master", their own values cast to fp32. Before the first step the moments are zeros: loaded back with
     step 0 they continue exactly as if never saved, and all checkpoints hold the same tensors.
 
@@ -53,6 +55,8 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
     adam = _adam(engine)
     rank, ranks = _data_parallel_place(engine)
     for piece in _pieces(engine):
+        if not owns(piece.parameter):
+            continue
         first, end = 0, piece.numel
         if piece.replicated:
             first, end = rank * piece.numel // ranks, (rank + 1) * piece.numel // ranks
@@ -62,10 +66,9 @@ def fragments(engine: DeepSpeedEngine) -> Iterator[Fragment]:
         if piece.trained:
             state = adam.state.get(piece.home)
             tensors |= {kind: piece.of(state[kind]) if state else torch.zeros(piece.numel) for kind in MOMENTS}
-        shape, start = _placement(piece.parameter)
         box, offset = _box(piece.parameter), piece.offset + first
         for kind, tensor in tensors.items():
-            yield Fragment(piece.name, kind, shape, start, box, offset, tensor[first:end].float())
+            yield Fragment(piece.name, kind, box.shape, box.start, box.size, offset, tensor[first:end].float())
 
 
 def adam_step(engine: DeepSpeedEngine) -> int:
@@ -85,10 +88,10 @@ def adam_step(engine: DeepSpeedEngine) -> int:
 def load_fragments(engine: DeepSpeedEngine, read: Read, step: int) -> None:
     """Fill weights, Adam's moments and its step count, so that training continues where they were taken.
 
-    `read(name, kind, offset, numel)` returns those elements of this rank's flattened box, 1-D and fp32. It is asked
-    for what this rank holds and nothing else, so the state may come from any other layout. `step` is what `adam_step`
-    said when the state was taken. The engine may be new or have trained; gradients it holds are not touched, so
-    call it between steps. Collective over the data-parallel group.
+    `read(name, kind, offset, numel, box)` returns those elements of this rank's flattened box, 1-D and fp32. It is
+    asked for what this rank holds and nothing else, so the state may come from any other layout. `step` is what
+    `adam_step` said when the state was taken. The engine may be new or have trained; gradients it holds are not
+    touched, so call it between steps. Collective over the data-parallel group.
 
     Raises ValueError if `read` returns another shape or dtype. If it raises on one rank only, the others wait in a
     collective for it until the process group's timeout.
@@ -154,7 +157,7 @@ class _Piece:
 def _pieces(engine: DeepSpeedEngine) -> Iterator[_Piece]:
     """Yield what this rank holds of each parameter, tied ones once, and nothing where it holds no element."""
     zero, zero3 = engine.zero_optimization(), isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names = {parameter: name for name, parameter in whole_names(model_of(engine)).items()}
     for parameter, home, home_offset, offset, numel in _trained(engine):
         name = names.pop(parameter)
         if numel:
@@ -210,7 +213,7 @@ def _partition(engine: DeepSpeedEngine, parameter: Parameter) -> tuple[int, int]
     Raises UserError if it is not cut over the whole data-parallel group.
     """
     rank, ranks = _data_parallel_place(engine)
-    whole, size = math.prod(_box(parameter)), _internal(parameter, "ds_tensor").numel()
+    whole, size = math.prod(_box(parameter).size), _internal(parameter, "ds_tensor").numel()
     if size != math.ceil(whole / ranks):
         raise UserError(f"ZeRO-3 keeps {size} of {whole} elements on each of {ranks} ranks; use it without MiCS")
     offset = min(rank * size, whole)
@@ -233,22 +236,25 @@ def _fresh_state(adam: torch.optim.Adam, home: Tensor) -> dict[str, Tensor]:
 
 
 def _checked(read: Read, piece: _Piece, kind: str) -> Tensor:
-    tensor = read(piece.name, kind, piece.offset, piece.numel)
+    tensor = read(piece.name, kind, piece.offset, piece.numel, _box(piece.parameter))
     if tensor.shape != (piece.numel,) or tensor.dtype != torch.float32:
         wanted = f"{piece.numel} elements of float32"
         raise ValueError(f"{piece.name} ({kind}): {wanted} wanted, {tuple(tensor.shape)} of {tensor.dtype} read")
     return tensor
 
 
-def _box(parameter: Parameter) -> tuple[int, ...]:
-    """Return the shape of what this model-parallel rank holds. ZeRO-3 leaves the parameter's own shape empty."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def model_of(engine: DeepSpeedEngine) -> torch.nn.Module:
+    """Return the model that an engine was made with; DeepSpeed's pipeline wraps it."""
+    return getattr(engine.module, "model", engine.module)
 
 
-def _placement(parameter: Parameter) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of the whole parameter, over all model-parallel ranks, and the corner of this rank's box."""
-    box = _box(parameter)
-    return box, (0,) * len(box)
+def _box(parameter: Parameter) -> Box:
+    """Return what this model-parallel rank holds of the whole. ZeRO-3 leaves the parameter's own shape empty."""
+    size, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), getattr(parameter, "shard", None)
+    start = [0] * len(size)
+    if shard is not None:
+        start[shard.dim] = shard.start
+    return Box(whole_shape(parameter), tuple(start), size)
 
 
 def _data_parallel_place(engine: DeepSpeedEngine) -> tuple[int, int]:

@@ -40,6 +40,6 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in tqdm(batches, "evaluating", total, unit="batch", leave=False, disable=None if mesh.is_main else True):
         sums += torch.tensor(loss_sum(batch), dtype=torch.float64)
-    nats, tokens = mesh.dp.sum(sums.to(mesh.device)).tolist()
+    nats, tokens = mesh.data.sum(sums.to(mesh.device)).tolist()
     loss = nats / max(tokens, 1)
     return Evaluation(loss, int(tokens), None if bytes_per_token is None else loss / math.log(2) / bytes_per_token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import sys
 import time
@@ -22,7 +23,8 @@ from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
-from megakrause.models.build import build_model, count_parameters, flops_per_token
+from megakrause.models.build import build_model, flops_per_token, whole_shapes
+from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.engine import Engine
 from megakrause.training.evaluate import Evaluation, evaluate
@@ -47,22 +49,22 @@ class Trainer:
         self.output = Path(config.output)
         # 1. Whatever can be refused is refused before anything is written.
         config.accumulation(mesh.dp.size)
-        self.tokenizer = mesh.dp.together(lambda: Tokenizer.load(config.data.tokenizer))
+        self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.data.tokenizer))
         self.config = resolve(config, self.tokenizer.vocab_size)
-        self.train_windows = mesh.dp.together(lambda: self._windows(config.data.train))
+        self.train_windows = mesh.world.together(lambda: self._windows(config.data.train))
         valid = config.data.valid
-        self.valid_windows = None if valid is None else mesh.dp.together(lambda: self._windows(valid))
+        self.valid_windows = None if valid is None else mesh.world.together(lambda: self._windows(valid))
         config = self.config
-        model = build_model(config.model, config.train.seed)
-        self.parameters = count_parameters(model)
+        self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
-            start = find_checkpoint(config.train.init_from, mesh.dp)
-            check_shapes(start, model)
+            start = find_checkpoint(config.train.init_from, mesh.world)
+            check_shapes(start, config.model)
         checkpoint = self._find_checkpoint()
         # 2. The output folder, which is this run's alone from now on.
-        self.lock = mesh.dp.together(lambda: self._prepare_output() if mesh.is_main else None)
+        self.lock = mesh.world.together(lambda: self._prepare_output() if mesh.is_main else None)
         # 3. The engine.
+        model = build_model(config.model, config.train.seed, Layout.of(config, mesh))
         self.engine = Engine(model, config, mesh)
         # 4. Where to start from.
         self.step, self.position, self.tokens = 0, 0, 0
@@ -78,7 +80,7 @@ class Trainer:
             self._say(f"{self.output} is already at step {self.step} of {steps}; raise train.steps to go on")
             return
         self._say(
-            f"training {self.parameters / 1e6:.2f} M parameters on {mesh.dp.size} x {mesh.device.type}, "
+            f"training {self.parameters / 1e6:.2f} M parameters on {mesh.world.size} x {mesh.device.type}, "
             f"{config.train.global_batch} x {config.train.seq_len} tokens a step, steps {self.step + 1} to {steps}"
         )
         if mesh.is_main:
@@ -166,14 +168,14 @@ class Trainer:
         save_checkpoint(
             self.output / "checkpoints",
             self.step,
-            axis=self.mesh.dp,
+            axis=self.mesh.world,
             fragments=self.engine.fragments(),
             rng=rng,
             state={
                 "optimizer_steps": self.engine.optimizer_steps,
                 "position": self.position,
                 "tokens": self.tokens,
-                "ranks": self.mesh.dp.size,
+                "ranks": self.mesh.world.size,
                 "train_data": self.train_windows.corpus.fingerprint,
                 "tokenizer": self.tokenizer.fingerprint,
             },
@@ -191,11 +193,11 @@ class Trainer:
         root = self.output / "checkpoints"
         if not self.config.checkpoint.resume:
             files = [path.name for path in self.output.iterdir()] if self.output.exists() else []
-            busy = self.mesh.dp.gather_objects(set(files) - {".lock"})[0]
+            busy = self.mesh.world.gather_objects(set(files) - {".lock"})[0]
             if busy:
                 raise UserError(f"checkpoint.resume = false needs an empty output, {self.output} is not; name another")
             return None
-        checkpoint, passed_over = newest_checkpoint(root, self.mesh.dp)
+        checkpoint, passed_over = newest_checkpoint(root, self.mesh.world)
         for reason in passed_over:
             self._say(f"passed over {reason}")
         if checkpoint is not None:
@@ -239,7 +241,7 @@ class Trainer:
         self.engine.load(checkpoint)
         self.step, self.position = checkpoint.step, checkpoint.state["position"]
         self.tokens = checkpoint.state["tokens"]
-        rng = checkpoint.rng(self.mesh.dp.rank) if checkpoint.state["ranks"] == self.mesh.dp.size else {}
+        rng = checkpoint.rng(self.mesh.world.rank) if checkpoint.state["ranks"] == self.mesh.world.size else {}
         if "cpu" in rng:
             torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and self.mesh.device.type == "cuda":
@@ -255,7 +257,7 @@ class Trainer:
         values |= {"train/model_flops_per_s": flops, "train/memory_gib": memory_gib(self.mesh.device)}
         peak = peak_flops(self.mesh.device)
         if peak is not None and self.config.train.precision == "bf16":
-            values["train/mfu"] = flops / (peak * self.mesh.dp.size)
+            values["train/mfu"] = flops / (peak * self.mesh.world.size)
         values |= {f"sigma/{name}": value for name, value in self.engine.sigmas().items()}
         log.scalars(self.step, values)
 

@@ -160,7 +160,7 @@ def test_the_receptive_field_of_krause_layers(layers: int) -> None:
 @torch.no_grad()
 def test_grouped_queries_are_full_attention_with_repeated_keys() -> None:
     grouped, full = make_model(kv_heads=2), make_model(kv_heads=4)
-    for mine, theirs in zip(full.blocks, grouped.blocks, strict=True):
+    for mine, theirs in zip(full.blocks.values(), grouped.blocks.values(), strict=True):
         for name in ("key", "value"):
             per_head = getattr(theirs.attention, name).weight.unflatten(0, (2, 4))  # h_kv d e
             weight = per_head.repeat_interleave(2, dim=0).flatten(0, 1)

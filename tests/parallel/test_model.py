@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from megakrause.config import ModelConfig
-from megakrause.errors import UserError
 from megakrause.models.build import build_model
-from megakrause.models.lm import check_cut
+from megakrause.models.layout import Layout
 from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.linear import Shard, TensorParallel
 from megakrause.parallel.mesh import Axis
@@ -61,7 +60,7 @@ def batch(vocab_size: int, documents: bool) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def gradients(axis: Axis, config: ModelConfig, documents: bool, sequence_parallel: bool) -> Any:
     """The loss, and (gradient, its place in the whole) of every parameter of this rank."""
-    model = build_model(config, 0, TensorParallel(axis, sequence_parallel)).double()
+    model = build_model(config, 0, Layout(TensorParallel(axis, sequence_parallel))).double()
     assert config.vocab_size is not None
     tokens, targets, mask, doc_start = batch(config.vocab_size, documents)
     logits = model(tokens, doc_start)
@@ -111,7 +110,7 @@ def test_loss_and_every_gradient_equal_one_process(pool: Pool, case: dict[str, A
 
 
 def decode(axis: Axis, config: ModelConfig) -> Tensor:
-    model = build_model(config, 0, TensorParallel(axis)).double()
+    model = build_model(config, 0, Layout(TensorParallel(axis))).double()
     assert config.vocab_size is not None
     tokens = batch(config.vocab_size, False)[0]
     cache = model.new_cache()
@@ -128,14 +127,3 @@ def test_generation_with_a_cache_works_on_several_ranks(pool: Pool, kv_heads: in
     model, tokens = build_model(config, 0).double(), batch(37, False)[0]
     found = torch.cat(pool.run(4, decode, config), dim=-1)
     torch.testing.assert_close(found, model(tokens).detach(), rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "legal"), [(4, 2, [1, 2, 4]), (6, 3, [1, 3, 6]), (6, 2, [1, 2, 6])])
-def test_heads_that_cannot_be_shared_are_named(heads: int, kv_heads: int, legal: list[int]) -> None:
-    config = model_config().model_copy(update={"heads": heads, "kv_heads": kv_heads})
-    for tp in range(1, 9):
-        if tp in legal:
-            check_cut(config, tp)
-        else:
-            with pytest.raises(UserError, match=rf"kv_heads = {kv_heads} cannot be shared by {tp} .*use one of"):
-                check_cut(config, tp)

@@ -1,9 +1,10 @@
-"""Runs one config in several ZeRO stages, in this process of however many torchrun started, and the yardstick of their
-differences: the same run from initial weights that differ by one unit in the last place.
+"""Runs one config in several layouts, one after the other, in this process of however many torchrun started; and the
+yardstick of their differences: the same run from initial weights that differ by one unit in the last place.
 
-    torchrun --nproc_per_node=2 tests/training/layouts.py CONFIG OUTPUT stages PRECISION
-    python tests/training/layouts.py CONFIG OUTPUT ulp PRECISION
-    python tests/training/layouts.py CONFIG OUTPUT resume PRECISION
+    torchrun --nproc_per_node=4 tests/training/layouts.py CONFIG OUTPUT NAME:key=value,key=value ...
+    python tests/training/layouts.py CONFIG OUTPUT NAME:key=value,ulp ...
+
+NAME's run is in OUTPUT/NAME. With `ulp`, the runs with moved weights are in OUTPUT/NAME-up and so on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from megakrause.config import load_config
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.loop import Trainer
 
+# No clipping, which would hide a wrong scale, unless a layout says otherwise.
+COMMON = ["optim.clip=0", "checkpoint.every=3"]
+MOVED = ("up", "down", "either")
+
 
 class Moved:
     """The weights of a model, each moved to a neighbouring float."""
@@ -25,36 +30,34 @@ class Moved:
     def __init__(self, weights: dict[str, torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]):
         self.weights = {name: torch.nextafter(w, move(w)).flatten().float() for name, w in weights.items()}
 
-    def read(self, name: str, kind: str, offset: int, numel: int) -> torch.Tensor:
+    def read(self, name: str, kind: str, offset: int, numel: int, box: object) -> torch.Tensor:
         return self.weights[name][offset : offset + numel]
 
 
-def main(config_path: str, output: str, what: str, precision: str) -> None:
-    mesh = Mesh.start()
-
-    def build(name: str, zero: int) -> Trainer:
-        overrides = [f"output={output}/{name}", f"parallel.zero={zero}", f"train.precision={precision}"]
-        # No clipping, which would hide a wrong scale; accumulation; a checkpoint to go on from elsewhere.
-        overrides += ["optim.clip=0", "train.micro_batch=1", "checkpoint.every=3"]
-        return Trainer(load_config(config_path, overrides), mesh)
-
-    if what == "stages":
-        for zero in range(4):
-            build(f"zero{zero}", zero).run()
-        return
-    if what == "resume":  # in this layout, what another layout has begun
-        build("resumed", 0).run()
-        return
-    build("one", 0).run()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32  # that the model computes in
+def moves() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    moves: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    return {
         "up": lambda w: torch.full_like(w, math.inf),
         "down": lambda w: torch.full_like(w, -math.inf),
         "either": lambda w: torch.where(torch.rand(w.shape, generator=generator) < 0.5, math.inf, -math.inf),
     }
-    for name, move in moves.items():
-        trainer = build(name, 0)
+
+
+def run(config_path: str, output: str, layout: str) -> None:
+    name, _, settings = layout.partition(":")
+    overrides = [*COMMON, *filter(None, settings.split(","))]
+    if yardstick := "ulp" in overrides:
+        overrides.remove("ulp")
+
+    def build(folder: str) -> Trainer:
+        config = load_config(config_path, [*overrides, f"output={output}/{folder}"])
+        return Trainer(config, Mesh.start(config.parallel))
+
+    build(name).run()
+    for kind, move in moves().items() if yardstick else ():
+        trainer = build(f"{name}-{kind}")
+        # What the model computes in, where one unit in the last place is larger.
+        dtype = torch.bfloat16 if trainer.config.train.precision == "bf16" else torch.float32
         masters = (f for f in trainer.engine.fragments() if f.kind == "master")
         weights = {f.name: f.tensor.view(f.shape).to(dtype, copy=True) for f in masters}
         trainer.engine.load(Moved(weights, move), weights_only=True)  # type: ignore[arg-type]
@@ -62,4 +65,5 @@ def main(config_path: str, output: str, what: str, precision: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for each in sys.argv[3:]:
+        run(sys.argv[1], sys.argv[2], each)

@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     before = {(f.name, f.kind): f.tensor.clone() for f in engine.fragments()}
     loss_sum = engine._loss_sum
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_loss_sum", lambda batch: loss_sum(batch) * float("nan"))
+        patch.setattr(engine, "_loss_sum", lambda *given: loss_sum(*given) * float("nan"))
         result = engine.train_step(make_batch(), 1e-2)
     assert not result.applied and engine.optimizer_steps == 1
     after = {(f.name, f.kind): f.tensor for f in engine.fragments()}
