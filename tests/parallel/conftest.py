@@ -1,4 +1,4 @@
-"""One pool of ranks for all tests here."""
+"""Pools of ranks for all tests here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from tests.pool import Pool
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    pool = Pool()
+    pool = Pool(8)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool_of_16() -> Iterator[Pool]:
+    pool = Pool(16)
     yield pool
     pool.close()

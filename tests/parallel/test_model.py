@@ -1,5 +1,5 @@
-"""The language model cut over tensor-parallel ranks: loss and every parameter's gradient are those of one process, in
-float64, on sequences longer than two windows, with packed documents."""
+"""The language model cut over tensor- and context-parallel ranks and into pipeline stages: loss and every parameter's
+gradient are those of one process, in float64, on sequences longer than two windows, with packed documents."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from megakrause.batch import TokenBatch
 from megakrause.config import ModelConfig
 from megakrause.models.build import build_model
-from megakrause.models.layout import Layout
+from megakrause.models.init import whole_names
+from megakrause.models.layout import Layout, Recompute
 from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.linear import Shard, TensorParallel
-from megakrause.parallel.mesh import Axis
+from megakrause.parallel.mesh import Axis, Mesh
 from megakrause.parallel.vocab import vocab_parallel_cross_entropy_sum
 from tests.ops.cases import pairwise
 from tests.pool import Pool
 
-WINDOW, LENGTH = 5, 23
+LENGTH = 24
 
 SETTINGS: dict[str, list[Any]] = {
-    "ranks": [1, 2, 4],
+    "cp": [1, 2, 4],
+    "tp": [1, 2, 4],
     "sequence_parallel": [False, True],
-    "kv_heads": [4, 2, 1],
-    "attention": ["krause", "softmax", "krause+softmax_window"],
+    "recompute": ["none", "selective", "full"],
+    "kv_heads": [16, 8, 2, 1],
+    "attention": ["krause", "softmax", "krause+softmax_window", "softmax+krause"],
+    "window": [5, 9],  # of a rank's 6 positions with cp = 4: one neighbour, or two
     "tie_embeddings": [False, True],
     "positions": ["rope", "learned"],
     "qkv_bias": [False, True],
@@ -34,40 +39,36 @@ SETTINGS: dict[str, list[Any]] = {
 }
 
 
-def model_config(kv_heads: int = 2, vocab_size: int = 37, **changes: Any) -> ModelConfig:
+def model_config(kv_heads: int = 2, vocab_size: int = 37, window: int = 5, **changes: Any) -> ModelConfig:
     return ModelConfig(
-        layers=2,
-        width=24,
-        heads=4,
-        head_dim=6,
-        mlp_width=30,
-        window=WINDOW,
-        top_k=3,
-        max_positions=LENGTH + 2,
-        init_std=0.3,
-        kv_heads=kv_heads,
-        vocab_size=vocab_size,
-        **changes,
+        **dict(layers=2, width=24, heads=16, head_dim=6, mlp_width=30, top_k=3, max_positions=LENGTH + 2, init_std=0.3)
+        | dict(kv_heads=kv_heads, vocab_size=vocab_size, window=window)
+        | changes
     )
 
 
-def batch(vocab_size: int, documents: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def batch(vocab_size: int, documents: bool) -> TokenBatch:
     tokens = torch.randint(vocab_size, (2, LENGTH + 1), generator=torch.Generator().manual_seed(3))
-    starts = torch.tensor([[0] * 9 + [9] * 1 + [10] * 13, [0] * 2 + [2] * 21], dtype=torch.int32)
+    starts = torch.tensor([[0] * 9 + [9] * 1 + [10] * 14, [0] * 2 + [2] * 22], dtype=torch.int32)
     mask = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.8
-    return tokens[:, :-1], tokens[:, 1:], mask, starts if documents else None
+    return TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, starts if documents else None)
 
 
-def gradients(axis: Axis, config: ModelConfig, documents: bool, sequence_parallel: bool) -> Any:
-    """The loss, and (gradient, its place in the whole) of every parameter of this rank."""
-    model = build_model(config, 0, Layout(TensorParallel(axis, sequence_parallel))).double()
+def gradients(mesh: Mesh, config: ModelConfig, documents: bool, sequence_parallel: bool, recompute: Recompute) -> Any:
+    """The loss, and (value, gradient, its place in the whole) of every parameter of this rank."""
+    layout = Layout(TensorParallel(mesh.tp, sequence_parallel), mesh.cp, recompute=recompute)
+    model = build_model(config, 0, layout).double()
     assert config.vocab_size is not None
-    tokens, targets, mask, doc_start = batch(config.vocab_size, documents)
-    logits = model(tokens, doc_start)
-    loss = vocab_parallel_cross_entropy_sum(logits, targets, mask, axis, config.vocab_size)
+    share = mesh.cp.share(LENGTH)
+    mine = batch(config.vocab_size, documents).at(slice(share.start, share.stop))
+    logits = model(mine.tokens, mine.doc_start)
+    loss = vocab_parallel_cross_entropy_sum(logits, mine.targets, mine.loss_mask, mesh.tp, config.vocab_size)
     loss.backward()
+    for param in model.parameters():
+        mesh.cp.sum(param.grad)
     named = model.named_parameters()
-    return loss.detach(), {n: (p.detach(), p.grad, getattr(p, "shard", None)) for n, p in named}
+    found = {n: (p.detach(), p.grad, getattr(p, "shard", None)) for n, p in named}
+    return mesh.cp.sum(loss.detach()), found if mesh.cp.rank == 0 else None
 
 
 def whole(parts: list[Tensor], shards: list[Shard | None], name: str) -> Tensor:
@@ -84,24 +85,48 @@ def whole(parts: list[Tensor], shards: list[Shard | None], name: str) -> Tensor:
     return torch.cat(parts, dim)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id="-".join(map(str, c.values()))) for c in pairwise(SETTINGS)])
+def name_of(case: dict[str, Any]) -> str:
+    return "-".join(map(str, case.values()))
+
+
+CASES = pairwise(SETTINGS)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=name_of(c)) for c in CASES if c["cp"] * c["tp"] <= 8])
 def test_loss_and_every_gradient_equal_one_process(pool: Pool, case: dict[str, Any]) -> None:
-    case = dict(case)
-    ranks, sequence_parallel, documents = (case.pop(n) for n in ("ranks", "sequence_parallel", "documents"))
-    case["attention"] = case["attention"].split("+") * (2 if "+" not in case["attention"] else 1)
-    config = model_config(**case)
+    check_against_one_process(pool, **case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(c, id=name_of(c)) for c in CASES if c["cp"] * c["tp"] > 8])
+def test_sixteen_ranks_equal_one_process(pool_of_16: Pool, case: dict[str, Any]) -> None:
+    check_against_one_process(pool_of_16, **case)
+
+
+def check_against_one_process(
+    pool: Pool,
+    cp: int,
+    tp: int,
+    sequence_parallel: bool,
+    recompute: Recompute,
+    documents: bool,
+    attention: str,
+    **settings: Any,
+) -> None:
+    kinds = attention.split("+")
+    config = model_config(attention=kinds * (2 // len(kinds)), **settings)
     model = build_model(config, 0).double()
     assert config.vocab_size is not None
-    tokens, targets, mask, doc_start = batch(config.vocab_size, documents)
-    expected = cross_entropy_sum(model(tokens, doc_start), targets, mask)
+    given = batch(config.vocab_size, documents)
+    expected = cross_entropy_sum(model(given.tokens, given.doc_start), given.targets, given.loss_mask)
     expected.backward()
 
-    results = pool.run(ranks, gradients, config, documents, sequence_parallel)
+    results = pool.run_mesh((1, 1, cp, tp), gradients, config, documents, sequence_parallel, recompute)
     for loss, _ in results:
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
     largest = max(float(param.grad.abs().max()) for param in model.parameters())
     for name, param in model.named_parameters():
-        values, grads, shards = zip(*(found[name] for _, found in results), strict=True)
+        values, grads, shards = zip(*(found[name] for _, found in results[:tp]), strict=True)
         assert torch.equal(whole(values, shards, name), param), f"initial {name}"
         assert param.grad is not None and param.grad.abs().max() > 0
         # Sums of some thousand terms in another order. (Those of a softmax layer's key bias cancel altogether.)
@@ -109,10 +134,42 @@ def test_loss_and_every_gradient_equal_one_process(pool: Pool, case: dict[str, A
         torch.testing.assert_close(whole(grads, shards, name), param.grad, rtol=0, atol=bound, msg=name)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stages", [[1, 3], [2, 1, 1], [1, 1, 1, 1]])
+def test_pipeline_stages_one_after_the_other_are_the_model(stages: list[int], tied: bool) -> None:
+    config = model_config(layers=4, tie_embeddings=tied)
+    given = batch(37, True)
+    model = build_model(config, 0).double()
+    expected = cross_entropy_sum(model(given.tokens, given.doc_start), given.targets, given.loss_mask)
+    expected.backward()
+
+    ranges = tuple(range(sum(stages[:i]), sum(stages[: i + 1])) for i in range(len(stages)))
+    parts = [
+        build_model(config, 0, Layout(pp=Axis(i, len(stages), None), stages=ranges)).double()
+        for i in range(len(stages))
+    ]
+    x = given.tokens
+    for part in parts:
+        x = part(x, given.doc_start, length=LENGTH)
+    loss = cross_entropy_sum(x, given.targets, given.loss_mask)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        for name, param in whole_names(part).items():
+            assert param.grad is not None
+            found[name] = found[name] + param.grad if name in found else param.grad
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(found[name], param.grad, rtol=1e-12, atol=1e-14, msg=name)
+    owned = [n for part in parts for n, p in whole_names(part).items() if part.layout.owns(p)]
+    assert sorted(owned) == sorted(found)
+
+
 def decode(axis: Axis, config: ModelConfig) -> Tensor:
     model = build_model(config, 0, Layout(TensorParallel(axis))).double()
     assert config.vocab_size is not None
-    tokens = batch(config.vocab_size, False)[0]
+    tokens = batch(config.vocab_size, False).tokens
     cache = model.new_cache()
     with torch.no_grad():
         parts = [model(tokens[:, :7], cache=cache)] + [
@@ -121,9 +178,9 @@ def decode(axis: Axis, config: ModelConfig) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kv_heads", [1, 8])
 def test_generation_with_a_cache_works_on_several_ranks(pool: Pool, kv_heads: int) -> None:
     config = model_config(kv_heads, attention=["krause", "softmax"])
-    model, tokens = build_model(config, 0).double(), batch(37, False)[0]
+    model, tokens = build_model(config, 0).double(), batch(37, False).tokens
     found = torch.cat(pool.run(4, decode, config), dim=-1)
     torch.testing.assert_close(found, model(tokens).detach(), rtol=1e-11, atol=1e-11)
