@@ -110,7 +110,8 @@ class Checkpoint:
         [numel]; only these are read, from whatever boxes the checkpoint holds.
 
         Raises UserError when the checkpoint does not hold them all."""
-        box = box or Box.whole(self.shapes.get(name, (numel,)))
+        self._read_index()
+        box = box or Box.whole(self._shapes.get(name, (numel,)))
         result, filled = torch.empty(numel), 0
         for piece in self._pieces.get((name, kind), []):
             dim = box.dim if piece.box.dim is None else piece.box.dim

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import combinations, product
 from typing import Any
@@ -114,8 +115,10 @@ class Case:
         return starts
 
 
-def pairwise(values: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Settings in which any two values of any two names meet at least once, found greedily."""
+def pairwise(
+    values: dict[str, list[Any]], seed: int = 0, legal: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> list[dict[str, Any]]:
+    """Legal settings in which any two values of any two names meet at least once, if they may; found greedily."""
     choose = random.Random(seed)
     missing = {
         pair for a, b in combinations(values, 2) for pair in product(*([(n, v) for v in values[n]] for n in (a, b)))
@@ -124,6 +127,12 @@ def pairwise(values: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]
     while missing:
         must = dict(min(missing, key=str))  # a pair that nothing covers yet; the rest of the case is the best of many
         tries = [{n: choose.choice(v) for n, v in values.items()} | must for _ in range(60)]
+        tries = list(filter(legal, tries)) or list(
+            filter(legal, ({n: choose.choice(v) for n, v in values.items()} | must for _ in range(20_000)))
+        )
+        if not tries:  # these two do not go together
+            missing.remove(tuple(must.items()))
+            continue
         covered = [set(combinations(t.items(), 2)) & missing for t in tries]
         best = max(range(len(tries)), key=lambda i: len(covered[i]))
         missing -= covered[best]

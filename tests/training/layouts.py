@@ -1,8 +1,8 @@
 """Runs one config in several layouts, one after the other, in this process of however many torchrun started; and the
 yardstick of their differences: the same run from initial weights that differ by one unit in the last place.
 
-    torchrun --nproc_per_node=4 tests/training/layouts.py CONFIG OUTPUT NAME:key=value,key=value ...
-    python tests/training/layouts.py CONFIG OUTPUT NAME:key=value,ulp ...
+    torchrun --nproc_per_node=4 tests/training/layouts.py CONFIG OUTPUT NAME:key=value;key=value ...
+    python tests/training/layouts.py CONFIG OUTPUT NAME:key=value;ulp ...
 
 NAME's run is in OUTPUT/NAME. With `ulp`, the runs with moved weights are in OUTPUT/NAME-up and so on.
 """
@@ -20,7 +20,7 @@ from megakrause.parallel.mesh import Mesh
 from megakrause.training.loop import Trainer
 
 # No clipping, which would hide a wrong scale, unless a layout says otherwise.
-COMMON = ["optim.clip=0", "checkpoint.every=3"]
+COMMON = ["optim.clip=0", "checkpoint.every=2"]
 MOVED = ("up", "down", "either")
 
 
@@ -45,7 +45,7 @@ def moves() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
 
 def run(config_path: str, output: str, layout: str) -> None:
     name, _, settings = layout.partition(":")
-    overrides = [*COMMON, *filter(None, settings.split(","))]
+    overrides = [*COMMON, *filter(None, settings.split(";"))]
     if yardstick := "ulp" in overrides:
         overrides.remove("ulp")
 
