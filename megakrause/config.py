@@ -279,6 +279,13 @@ class RunConfig(Section):
             )
         return micro, total // (micro * dp)
 
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key."""
+        flat: dict[str, Any] = {}
+        for name, value in self.model_dump().items():
+            flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+        return flat
+
     def to_toml(self) -> str:
         """The whole config as TOML; `load_config` reads it back to an equal one."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))

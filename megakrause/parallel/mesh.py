@@ -161,6 +161,12 @@ class Mesh:
             else:  # alone: no address and no port that another job could hold
                 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        world = Axis(rank, size, dist.group.WORLD)
+        for other, theirs in enumerate(world.gather_objects(parallel)):
+            if theirs != parallel:  # they would wait for one another in different groups
+                raise UserError(
+                    f"rank {rank} has the layout {parallel}, rank {other} {theirs}; start all with the same config"
+                )
         return Mesh.of(shape, device)
 
     @staticmethod

@@ -48,7 +48,8 @@ class Trainer:
         self.mesh = mesh
         self.output = Path(config.output)
         # 1. Whatever can be refused is refused before anything is written.
-        config.accumulation(mesh.dp.size)
+        check_alike(config, mesh)
+        mesh.world.together(lambda: config.accumulation(mesh.dp.size))
         self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.data.tokenizer))
         self.config = resolve(config, self.tokenizer.vocab_size)
         self.train_windows = mesh.world.together(lambda: self._windows(config.data.train))
@@ -264,6 +265,17 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.mesh.is_main:
             tqdm.write(message)
+
+
+def check_alike(config: RunConfig, mesh: Mesh) -> None:
+    """Raises UserError on every rank when their configs differ."""
+    for rank, other in enumerate(configs := mesh.world.gather_objects(config.flat())):
+        for key, value in other.items():
+            if value != configs[0][key]:
+                raise UserError(
+                    f"{key} = {value} on rank {rank} and {configs[0][key]} on rank 0; start all with the same config",
+                    everywhere=True,
+                )
 
 
 def resolve(config: RunConfig, vocab_size: int) -> RunConfig:

@@ -60,6 +60,7 @@ for case in (Case(), Case(select=False, docs=True, dropout=0.1)):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # some 420 kernels
 def test_every_configuration(tmp_path: Path) -> None:
     table = tmp_path / "kernels.md"
     rows = compile_kernels(tmp_path, "--all", "--markdown", str(table))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,62 @@ def test_checkpoint_of_another_model_or_order_is_not_resumed(
     assert "needs an empty output" in refuse(capsys, config, "checkpoint.resume=false")
     after = state(tmp_path / "run")
     assert all(after[key].equal(before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["parallel.tp=3"],
+            "parallel.tp = 3 cannot share model.heads = 4 and model.kv_heads = 2; use one of [1, 2, 4]",
+        ),
+        (["parallel.cp=5"], "train.seq_len = 48 cannot be shared by parallel.cp = 5"),
+        (["parallel.cp=3", "model.attention=softmax"], "parallel.cp = 3 cannot share the 4 heads"),
+        (["parallel.pp=3"], "model.layers = 2 are too few for parallel.pp = 3 stages; use at most 2"),
+        (["parallel.pp=2", "parallel.zero=2"], "parallel.zero = 2 with parallel.pp = 2"),
+        (["parallel.pp=2", "parallel.stages=[2, 1]"], "parallel.stages = [2, 1] have 3 layers in all"),
+        (["parallel.stages=[1, 1]"], "parallel.stages = [1, 1] must list at least one layer for each of 1 stages"),
+        (["parallel.sequence_parallel=true"], "set tp > 1"),
+        (["parallel.offload=true"], "use parallel.zero = 1 to 3"),
+        (["parallel.tp=2"], "1 processes are no multiple of parallel.pp x cp x tp = 1 x 1 x 2; start a multiple of 2"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_is_written(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    assert said in refuse(capsys, config, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides", "said"),
+    [
+        (2, ["parallel.tp=4"], "2 processes are no multiple of parallel.pp x cp x tp = 1 x 1 x 4"),
+        (2, ["train.global_batch=3"], "train.global_batch = 3 cannot be shared by 2 data-parallel ranks"),
+        (2, ["parallel.tp=RANK+1"], "start all with the same config"),
+        (2, ["optim.lr=0.RANK1"], "optim.lr = 0.11 on rank 1 and 0.01 on rank 0; start all with the same config"),
+    ],
+)
+def test_every_rank_refuses_with_one_line(
+    config: Path, tmp_path: Path, processes: int, overrides: list[str], said: str
+) -> None:
+    """RANK stands for the rank that sees the override."""
+    script = f"""
+import os, re, sys
+from megakrause.cli import main
+rank = os.environ["RANK"]
+overrides = [o.replace("RANK+1", str(int(rank) + 1)).replace("RANK", rank) for o in {overrides!r}]
+sys.exit(main(["train", {str(config)!r}, *overrides]))
+"""
+    (tmp_path / "script.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=120
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and lines and all(said in line for line in lines), done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
