@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_bench):
+    for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_plan, _add_bench):
         add(commands)
     arguments = parser.parse_args(argv)
     return run_command(lambda: arguments.run(arguments))
@@ -155,6 +155,30 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         run,
     )
     parser.add_argument("path", metavar="CHECKPOINT|PREFIX|SHARD")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    def run(arguments: argparse.Namespace) -> None:
+        from megakrause.config import load_config
+        from megakrause.plan import run
+
+        config = load_config(arguments.config, arguments.overrides)
+        run(config, arguments.gpus, arguments.gpu, arguments.layouts, arguments.json)
+
+    parser = _command(
+        commands,
+        "plan",
+        "What a run will take on any number of GPUs: memory by part, bytes sent, time; and which layouts fit.",
+        "  megakrause plan configs/lm/krause-1b.toml --gpus 64\n"
+        "  megakrause plan configs/lm/krause-7b.toml --gpus 256 --gpu h200 parallel.tp=4 parallel.zero=1",
+        run,
+    )
+    parser.add_argument("config", metavar="CONFIG.toml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys to change")
+    parser.add_argument("--gpus", type=_positive, help="how many; default: what pp x cp x tp need")
+    parser.add_argument("--gpu", choices=["a100", "h100", "h200", "b200"], default="h100", help="default: h100")
+    parser.add_argument("--layouts", type=int, default=10, help="how many other layouts to show; default: 10")
+    parser.add_argument("--json", type=Path, help="also write all of it here")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:

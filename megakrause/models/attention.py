@@ -117,7 +117,16 @@ class KrauseCore(nn.Module):
         return self.layout.run("selective", self._attend, q, k, v, sequence.doc_start(k.shape[1]))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None) -> Tensor:
-        return krause_attention(q, k, v, self.log_sigma, window=self.window, top_k=self.top_k, doc_start=doc_start)
+        return krause_attention(
+            q,
+            k,
+            v,
+            self.log_sigma,
+            window=self.window,
+            top_k=self.top_k,
+            doc_start=doc_start,
+            backend=self.layout.backend,
+        )
 
     def new_cache(self) -> Cache:
         return WindowCache(self.window)
@@ -150,7 +159,8 @@ class SoftmaxCore(nn.Module):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             mask = partial(sequence.mask, s_k, window, q.device)
-            return softmax_attention(q, k, v, window=self.window, doc_start=sequence.doc_start(s_k), mask=mask)
+            doc_start, backend = sequence.doc_start(s_k), self.layout.backend
+            return softmax_attention(q, k, v, window=self.window, doc_start=doc_start, mask=mask, backend=backend)
 
         return self.layout.run("selective", attend, q, k, v)
 

@@ -31,16 +31,18 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations that training needs for one token: forward and twice as many backward, products only.
+    """Floating-point operations that training needs for one token."""
+    return sum(flops_of_layers(config, seq_len))
+
+
+def flops_of_layers(config: ModelConfig, seq_len: int) -> list[float]:
+    """Of each block and of the head, for one token: forward and twice as many backward, products only.
 
     A query meets at most its layer's `window` keys, or (seq_len + 1) / 2 on average; document masks are not taken into
     account."""
     assert config.vocab_size is not None
     q, kv = config.heads * config.head_size, config.num_kv_heads * config.head_size
-    weights = config.layers * (config.width * (2 * q + 2 * kv) + 3 * config.width * config.mlp_width)
-    weights += config.width * config.vocab_size
-    scores = 0.0
-    for limit in config.window_of_layers:
-        window = min(limit or seq_len, seq_len)
-        scores += 2 * q * (window - window * (window - 1) / (2 * seq_len))
-    return 3 * 2 * (weights + scores)
+    weights = config.width * (2 * q + 2 * kv) + 3 * config.width * config.mlp_width
+    windows = [min(limit or seq_len, seq_len) for limit in config.window_of_layers]
+    scores = [2 * q * (window - window * (window - 1) / (2 * seq_len)) for window in windows]
+    return [3 * 2 * (weights + score) for score in scores] + [3 * 2 * config.width * config.vocab_size]

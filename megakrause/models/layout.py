@@ -23,6 +23,7 @@ class Layout:
     pp: Axis = ALONE
     stages: tuple[range, ...] | None = None  # the layers of each pipeline stage; None: one stage has all
     recompute: Recompute = "none"
+    backend: str = "auto"  # of windowed attention: see `krause_attention`
 
     @staticmethod
     def of(config: RunConfig, mesh: Mesh) -> Layout:

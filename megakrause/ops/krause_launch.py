@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from megakrause.ops.grid import Grid
 from megakrause.ops.krause_tiles import CHEBYSHEV, MANHATTAN, WINDOW
@@ -32,11 +33,13 @@ def triton_refuses(q: Tensor, window: int | None, grid: Grid | None, top_k: int 
     """What the kernels would take instead of these arguments; None if they take these."""
     seen = window if grid is None else grid.tokens
     assert seen is not None
-    if not q.is_cuda and not INTERPRETED:
+    if is_fake(q):  # nothing is launched, on no device
+        pass
+    elif not q.is_cuda and not INTERPRETED:
         return f"CUDA tensors, not {q.device.type} ones (but with TRITON_INTERPRET=1 set before the start)"
-    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (8, 0)):
+    elif q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (8, 0)):
         return f"NVIDIA GPUs from sm_80 on, not {torch.cuda.get_device_name(q.device)}"
-    if not q.is_cuda and q.dtype == torch.bfloat16:  # whose products are wrong there
+    elif not q.is_cuda and q.dtype == torch.bfloat16:  # whose products are wrong there
         return "float32 and float16 in Triton's interpreter, not torch.bfloat16"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"float32, float16 and bfloat16, not {q.dtype}"

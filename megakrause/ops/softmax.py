@@ -23,15 +23,18 @@ def softmax_attention(
     window: int | None = None,
     doc_start: Tensor | None = None,  # int32 [b, s]  first key each query may see, on the key axis
     mask: Callable[[], Tensor | None] | None = None,
+    backend: str = "auto",
 ) -> Tensor:  # [b, s, h, d]
     """softmax(q k^T / sqrt(d)) v over the keys that each query sees: up to its own, of these the last `window`.
 
+    backend: "triton", or "auto": where keys are cut off, triton on a GPU; else torch's own and blocks.
     mask: gives what `causal_mask` gave for the same arguments; for layers that share one where a dense one is used."""
     s, s_k = q.shape[1], k.shape[1]
     if window is not None and window >= s_k:
         window = None
     cut = doc_start is not None or window is not None
-    if cut and q.is_cuda and triton_refuses(q, window or s_k, None, None) is None:
+    on_gpu = q.is_cuda or backend == "triton"
+    if cut and on_gpu and triton_refuses(q, window or s_k, None, None) is None:
         return _by_kernel(q, k, v, window or s_k, doc_start, "triton")
     if window is not None and s_k > DENSE_WINDOWS * window and s > 1:
         unseen = max(0, s_k - s - (window - 1))  # by any query

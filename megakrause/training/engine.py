@@ -16,6 +16,8 @@ from megakrause.batch import TokenBatch
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.config import RunConfig
+from megakrause.models.build import count_parameters
+from megakrause.models.cost import REDUCE_BUCKET
 from megakrause.models.init import whole_names
 from megakrause.models.lm import LanguageModel
 from megakrause.ops.cross_entropy import cross_entropy_sum
@@ -57,6 +59,7 @@ class Engine:
         # Its stage 0 would accumulate bf16 gradients in bf16; stage 1 gives the same numbers as a true stage 0.
         bf16 = config.train.precision == "bf16"
         zero: dict[str, Any] = {"stage": max(1, config.parallel.zero) if bf16 else config.parallel.zero}
+        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, count_parameters(model))  # it is held as a buffer
         if config.parallel.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
         model.to(mesh.device)
@@ -66,6 +69,8 @@ class Engine:
         self._module: LanguageModel | pipeline.Pipeline = model
         if mesh.pp.size > 1:
             self._module = pipeline.Pipeline(model, mesh, length, self._pipeline_loss)
+        # Tensor-parallel ranks send a stage's output in parts of one tensor, unless each has positions of its own.
+        same_on_all = not config.parallel.sequence_parallel
         optimizer = build_optimizer(model, config.optim)
         self._norm, self._applied = 0.0, True
         if self._plain:
@@ -83,6 +88,7 @@ class Engine:
                 "zero_optimization": zero,
                 "zero_force_ds_cpu_optimizer": False,
                 "bf16": {"enabled": bf16},
+                "pipeline": {"pipe_partitioned": same_on_all, "grad_partitioned": same_on_all},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",
                 "steps_per_print": 2**31 - 1,
