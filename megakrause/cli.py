@@ -18,7 +18,13 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_plan, _add_bench):
         add(commands)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = getattr(arguments, "overrides", None)
+    if overrides is None or any(word.startswith("-") for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:  # argparse takes those before the first option alone
+        overrides += rest
     return run_command(lambda: arguments.run(arguments))
 
 

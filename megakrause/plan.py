@@ -52,7 +52,7 @@ REACHED_FLOPS, REACHED_BYTES, USABLE = 0.5, 0.7, 0.92
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank, by part."""
+    """Bytes on one rank, by part."""
 
     weights: int
     gradients: int
@@ -78,10 +78,15 @@ class Plan:
     accumulation: int
     stages: list[int]
     parameters: list[int]  # of a rank of each stage
-    memory: Memory
+    memories: list[Memory]  # of a rank of each stage
     sent: dict[str, int]  # bytes a step and rank, by axis
     bubble: float  # share of the time that a stage waits
     seconds: float  # a step
+
+    @property
+    def memory(self) -> Memory:
+        """Of the fullest rank."""
+        return max(self.memories, key=lambda memory: memory.total)
 
     @property
     def tokens_per_s(self) -> float:
@@ -143,7 +148,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = N
         accumulation,
         counts,
         parameters,
-        max(memories, key=lambda memory: memory.total),
+        memories,
         {axis: max(s[axis] for s in sent) for axis in sent[0]},
         (pp - 1) / rounds,
         rounds * slowest + data,

@@ -1,11 +1,10 @@
-"""What one layout really holds in memory, beside what `megakrause plan` says: one line of JSON on rank 0.
+"""What layouts really hold in memory, on the fullest rank, beside what `megakrause plan` says: a line of JSON each.
 
-    torchrun --nproc_per_node=2 tests/training/memory.py CONFIG key=value ...
+torchrun --nproc_per_node=2 tests/training/memory.py CONFIG key=value;key=value ...
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Iterable
@@ -41,8 +40,8 @@ def gradients(engine: Any, model: torch.nn.Module) -> int:
     return size([*own, *(tensor for group in averaged.values() if group for tensor in group)])
 
 
-def main(config_path: str, *overrides: str) -> None:
-    config = load_config(config_path, list(overrides))
+def run(config_path: str, case: str) -> None:
+    config = load_config(config_path, case.split(";"))
     mesh = Mesh.start(config.parallel)
     import deepspeed  # noqa: F401  before memory is measured
 
@@ -64,15 +63,12 @@ def main(config_path: str, *overrides: str) -> None:
     # Where gradients are whole before they are summed; or where each rank has its part of the sum.
     watch(*((inner, "allreduce_gradients") if config.parallel.zero < 2 else (inner.optimizer, "step")))
     assert config.model.vocab_size is not None
-    peak = 0
     for _ in range(2):
         rows = config.train.global_batch // mesh.dp.size
         tokens = torch.randint(config.model.vocab_size, (rows, config.train.seq_len + 1))
         mask = torch.ones(rows, config.train.seq_len, dtype=torch.bool)
         documents = torch.zeros(rows, config.train.seq_len, dtype=torch.int32) if config.data.mask_documents else None
         engine.train_step(TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, documents), 1e-3)
-        peak = max(peak, psutil.Process().memory_info().rss)
-    gc.collect()
     found["weights"] = size(getattr(p, "ds_tensor", p) for p in model.parameters())
     moments = [v for state in _adam(inner).state.values() for k, v in state.items() if k != "step"]
     plain = config.parallel.zero == 0 and config.train.precision == "fp32"
@@ -81,9 +77,13 @@ def main(config_path: str, *overrides: str) -> None:
         high = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     found["growth"] = high - before
     plan = make_plan(config, mesh.world.size, GPUS["h100"], on_gpu=False)
+    fullest = {part: max(each[part] for each in mesh.world.gather_objects(found)) for part in found}
+    planned = {part: max(asdict(memory)[part] for memory in plan.memories) for part in asdict(plan.memory)}
+    planned["total"] = plan.memory.total
     if mesh.is_main:
-        print(json.dumps({"found": found, "plan": asdict(plan.memory) | {"total": plan.memory.total}}))
+        print(json.dumps({"found": fullest, "plan": planned}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for each in sys.argv[2:]:
+        run(sys.argv[1], each)
