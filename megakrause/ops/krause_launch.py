@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megakrause.ops.grid import Grid
 from megakrause.ops.krause_tiles import CHEBYSHEV, MANHATTAN, WINDOW
@@ -33,7 +33,7 @@ def triton_refuses(q: Tensor, window: int | None, grid: Grid | None, top_k: int 
     """What the kernels would take instead of these arguments; None if they take these."""
     seen = window if grid is None else grid.tokens
     assert seen is not None
-    if is_fake(q):  # nothing is launched, on no device
+    if isinstance(q, FakeTensor):  # nothing is launched, on no device
         pass
     elif not q.is_cuda and not INTERPRETED:
         return f"CUDA tensors, not {q.device.type} ones (but with TRITON_INTERPRET=1 set before the start)"

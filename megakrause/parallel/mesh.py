@@ -155,7 +155,7 @@ class Mesh:
             device, backend = torch.device("cuda", local_rank), "nccl"
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            timeout = timedelta(seconds=parallel.timeout)
+            timeout = timedelta(seconds=parallel.timeout + 60)  # the watch, which knows more, comes first
             if launched:
                 dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
             else:  # alone: no address and no port that another job could hold

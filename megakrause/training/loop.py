@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+from megakrause.batch import TokenBatch
 from megakrause.checkpoint.files import write_bytes
 from megakrause.checkpoint.model import check_shapes, stored_config
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
@@ -30,6 +32,7 @@ from megakrause.training.engine import Engine
 from megakrause.training.evaluate import Evaluation, evaluate
 from megakrause.training.metrics import MetricsLog, memory_gib, peak_flops
 from megakrause.training.schedule import learning_rate
+from megakrause.training.watch import Watch
 
 
 def train(config: RunConfig, mesh: Mesh) -> None:
@@ -105,8 +108,10 @@ class Trainer:
             disable=not mesh.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 10,  # a file keeps every line
         )
+        watch = Watch(mesh.world, config.parallel.timeout, self.step + 1)
         try:
             while self.step < steps:
+                watch.progress(self.step + 1)
                 began = time.perf_counter()
                 batch, self.position = next(batches)
                 waited = time.perf_counter() - began
@@ -125,11 +130,17 @@ class Trainer:
                 bar.set_postfix(loss=f"{result.loss:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}", refresh=False)
                 if log is not None:
                     self._log(log, row)
-                self._evaluate_and_save(log)
+                self._evaluate_and_save(log, watch)
+        except RuntimeError as error:
+            if mesh.world.size == 1 or not lost_connection(error):
+                raise
+            watch.blame()
+            raise SystemExit(1) from error
         except KeyboardInterrupt:
             self._say(f"interrupted at step {self.step}; the same command goes on from the last checkpoint")
             raise
         finally:
+            watch.close()
             bar.close()
             batches.close()
             if log is not None:
@@ -140,11 +151,12 @@ class Trainer:
         if self.lock is not None:
             self.lock.close()
 
-    def _evaluate_and_save(self, log: MetricsLog | None) -> None:
+    def _evaluate_and_save(self, log: MetricsLog | None, watch: Watch) -> None:
         """What the end of this step is due to bring."""
         config, last = self.config, self.step == self.config.train.steps
         if self.valid_windows is not None and (last or _due(self.step, config.train.eval_every)):
-            evaluation = self.evaluate()
+            evaluation = self.evaluate(watch)
+            watch.progress(self.step)
             if log is not None:
                 row = evaluation.to_row()
                 log.row({"step": self.step} | row)
@@ -153,13 +165,18 @@ class Trainer:
         if last or _due(self.step, config.checkpoint.every):
             self.save()
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, watch: Watch) -> Evaluation:
         """The loss on data.valid."""
         windows, mesh, train = self.valid_windows, self.mesh, self.config.train
         assert windows is not None
         share = {"batch": self.engine.micro_batch, "ranks": mesh.dp.size, "limit": train.eval_sequences}
         batches, total = eval_batches(windows, rank=mesh.dp.rank, **share), num_eval_batches(windows, **share)
-        return evaluate(self.engine.evaluate_step, batches, mesh, windows.corpus.bytes_per_token, total)
+
+        def loss_sum(batch: TokenBatch) -> tuple[float, int]:
+            watch.progress(self.step)
+            return self.engine.evaluate_step(batch)
+
+        return evaluate(loss_sum, batches, mesh, windows.corpus.bytes_per_token, total)
 
     def save(self) -> None:
         """Writes OUTPUT/checkpoints/step-N."""
@@ -265,6 +282,11 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.mesh.is_main:
             tqdm.write(message)
+
+
+def lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is not there."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def check_alike(config: RunConfig, mesh: Mesh) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,9 @@ sys.exit(max(node.wait() for node in nodes))
 SCONTROL = """#!/bin/sh
 echo "$@" >>"$SCONTROL_LOG"
 """
+
+
+Victim = Callable[[list[str], dict[str, str]], bool]  # of a process's command line and environment
 
 
 @dataclass
@@ -88,6 +91,12 @@ class Job:
             if environment.get("TEST_LAUNCH") == self.mark:
                 found.append((process, command, environment))
         return found
+
+    def kill_one(self, is_victim: Victim) -> None:
+        """SIGKILL to the one process that is meant."""
+        victims = [process for process, *about in self.processes() if is_victim(*about)]
+        assert len(victims) == 1, self.printed
+        victims[0].kill()
 
     def kill(self) -> None:
         while alive := self.processes():
@@ -249,23 +258,37 @@ def is_helper(command: list[str], environment: dict[str, str]) -> bool:
     ("script", "is_victim"),
     [
         ("torchrun.sh", is_rank),
-        ("deepspeed.sh", is_helper),
         pytest.param("torchrun.sh", is_launcher, marks=pytest.mark.slow),
+        pytest.param("deepspeed.sh", is_helper, marks=pytest.mark.slow),
         pytest.param("deepspeed.sh", is_rank, marks=pytest.mark.slow),
     ],
 )
 def test_killed_process_is_replaced(
-    launch: Launcher, script: str, is_victim: object, config: Path, tmp_path: Path, two: Path
+    launch: Launcher, script: str, is_victim: Victim, config: Path, tmp_path: Path, two: Path
 ) -> None:
     output = tmp_path / "run"
     job = launch(script, config, f"train.steps={STEPS}", *EVERY)
     job.wait_for(output / "checkpoints" / "step-20")
-    victims = [process for process, *about in job.processes() if is_victim(*about)]  # type: ignore[operator]
-    assert len(victims) == 1
-    victims[0].kill()
+    job.kill_one(is_victim)
     printed = job.finish()
     assert printed.count("start 1 of 10") == 1 and "resuming from" in printed
     assert_same_run(output, two)
+
+
+@pytest.mark.slow
+def test_ranks_lost_again_and_again_are_not_a_refusal(
+    launch: Launcher, config: Path, tmp_path: Path, two: Path
+) -> None:
+    """Their companions also end with an `error: ` line."""
+    job = launch("torchrun.sh", config, f"train.steps={STEPS}")
+    for start in range(1, 4):
+        deadline = time.monotonic() + LIMIT
+        while job.printed.count("steps 1 to") < start:
+            assert job.script.poll() is None and time.monotonic() < deadline, job.printed
+            time.sleep(0.01)
+        job.kill_one(is_rank)
+    assert job.finish().count("starting again") == 3
+    assert_same_run(tmp_path / "run", two)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +305,7 @@ def test_signal_ends_everything_for_good(
     assert "start 1 of" not in job.printed
 
 
+@pytest.mark.slow
 def test_slurm_job_whose_time_is_up_is_queued_again_and_goes_on(
     launch: Launcher, config: Path, tmp_path: Path, two: Path
 ) -> None:
