@@ -226,6 +226,16 @@ class RunConfig(Section):
                 f"use at most model.max_positions = {limit}"
             )
         self._check_layout()
+        if (
+            self.parallel.pp > 1
+            and self.parallel.offload
+            and self.train.precision == "bf16"
+            and self.model.tie_embeddings
+        ):
+            raise ValueError(  # DeepSpeed would sum gradients over the two ends that it does not step with
+                "parallel.offload = true with parallel.pp > 1, train.precision = 'bf16' and model.tie_embeddings = "
+                "true gives wrong gradients in DeepSpeed; set one of them otherwise, such as parallel.offload = false"
+            )
         if self.train.eval_every and self.data.valid is None:
             raise ValueError(
                 f"train.eval_every = {self.train.eval_every} needs data.valid; "

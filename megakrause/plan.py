@@ -89,6 +89,12 @@ class Plan:
         return max(self.memories, key=lambda memory: memory.total)
 
     @property
+    def peak(self) -> int:
+        """Bytes: of a step, or of the start, when ZeRO 3 has not cut the weights yet."""
+        width = 2 if self.config.train.precision == "bf16" else 4
+        return max(self.memory.total, width * max(self.parameters))
+
+    @property
     def tokens_per_s(self) -> float:
         return self.config.train.global_batch * self.config.train.seq_len / self.seconds
 
@@ -121,7 +127,9 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = N
         if model.tie_embeddings and pp == 1:
             shapes.remove(cost.embedding.shapes[0])  # one matrix, used twice
         state = state_bytes(config, shapes, dp * cp)
-        kept = sum(part.bytes[level].saved for part in parts) * micro * min(accumulation, pp - stage)
+        kept = sum(part.bytes[level].saved for part in parts)
+        kept += cost.stream * ((stage > 0) + (not last))  # what DeepSpeed keeps of what comes in and goes out
+        kept *= micro * min(accumulation, pp - stage)
         again = max(cost.blocks[i].bytes["none"].saved - cost.blocks[i].bytes[level].saved for i in layers) * micro
         logits = cost.logits * micro * last
         states.append(state)
@@ -132,13 +140,15 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = N
         by_axis = {"tp": sum(p.bytes[level].tp for p in parts), "cp": sum(p.bytes[level].cp for p in parts)}
         # Forwards to the next stage and backwards to the one before; of one stream, or each rank of its own positions.
         by_axis["pp"] = cost.stream // (1 if parallel.sequence_parallel else tp) * ((stage > 0) + (not last))
+        if pp > 1 and not parallel.sequence_parallel:  # which it puts together again, also for the backward pass
+            by_axis["tp"] += cost.stream * (tp - 1) // tp * ((stage > 0) + 2 * (not last))
         sent.append({axis: n * micro * accumulation for axis, n in by_axis.items()})
         sent[-1]["data"] = _data_bytes(config, state, dp * cp, parameters[-1], accumulation)
 
     speeds = {"tp": _speed(gpu, tp), "cp": _speed(gpu, tp * cp), "pp": _speed(gpu, gpus if pp > 1 else 1)}
     waits = [sum(s[axis] / accumulation / speed for axis, speed in speeds.items()) for s in sent]
     slowest = max(map(sum, zip(busy, waits, strict=True)))
-    data = max(s["data"] for s in sent) / _speed(gpu, gpus)
+    data = max(s["data"] for s in sent) / _speed(gpu, dp * cp * tp)  # stages are furthest apart
     rounds = accumulation + pp - 1
     return Plan(
         config,
@@ -166,8 +176,8 @@ def _data_bytes(config: RunConfig, state: StateBytes, ranks: int, parameters: in
     share, gradients, weights = (ranks - 1) / ranks, 4 * parameters, (2 if bf16 else 4) * parameters
     if zero == 3:
         return int(share * accumulation * (gradients + 2 * weights))
-    if zero == 2:
-        return int(share * (accumulation * gradients + weights))
+    if zero == 2:  # sums whole buckets and takes its part
+        return int(share * (accumulation * 2 * gradients + weights))
     return int(share * (2 * gradients + (weights if zero or bf16 else 0)))
 
 
@@ -205,7 +215,7 @@ def search(config: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
     for candidate in tqdm(list(layouts(config, gpus, gpu)), "trying layouts", unit="layout", leave=False):
         plan = make_plan(candidate, gpus, gpu, cost(candidate.parallel.tp, candidate.parallel.cp))
         mesh = candidate.parallel.pp, candidate.parallel.cp, candidate.parallel.tp
-        if plan.memory.total <= USABLE * gpu.memory and (mesh not in found or plan.seconds < found[mesh].seconds):
+        if plan.peak <= USABLE * gpu.memory and (mesh not in found or plan.seconds < found[mesh].seconds):
             found[mesh] = plan  # the first of equals recomputes least
     return sorted(found.values(), key=lambda plan: plan.seconds)
 
@@ -239,7 +249,7 @@ def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
     model, seq_len = config.model, config.train.seq_len
     total = sum(map(math.prod, whole_shapes(model).values()))
     flops = sum(flops_of_layers(model, seq_len))
-    fits = "fits" if plan.memory.total <= USABLE * gpu.memory else "does NOT fit"
+    fits = "fits" if plan.peak <= USABLE * gpu.memory else "does NOT fit"
     field = receptive_field(config)
     reach = "all of the sequence" if field is None or field >= seq_len else f"{field:,} of {seq_len:,} positions"
     tokens = config.train.global_batch * seq_len
@@ -259,6 +269,8 @@ def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
         f"MFU {_mfu(plan, gpu):.0%}",
         f"                      (if products reach {REACHED_FLOPS:.0%} of the FLOP/s, links {REACHED_BYTES:.0%})",
     ]
+    if plan.peak > plan.memory.total:
+        lines.append(f"warning: the start takes {plan.peak / GIB:,.1f} GiB a rank, before ZeRO 3 cuts the weights")
     if field is not None and field < seq_len:
         needed = -(-(seq_len - 1) // model.layers) + 1
         lines.append(

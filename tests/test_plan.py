@@ -123,7 +123,7 @@ def test_shipped_configs_fit_the_gpus_that_they_name(path: Path) -> None:
     gpus, gpu = gpus_of(path)
     config = load_config(path)
     plan = make_plan(config, gpus, GPUS[gpu])
-    assert plan.memory.total <= USABLE * GPUS[gpu].memory
+    assert plan.peak <= USABLE * GPUS[gpu].memory
     assert plan.bubble < 0.1
     field = receptive_field(config)
     assert field is None or field >= config.train.seq_len
@@ -143,6 +143,19 @@ def test_a_search_finds_layouts_that_fit_fastest_first(small: Path) -> None:
     for plan in plans:
         p = plan.config.parallel
         assert plan.dp * p.pp * p.cp * p.tp == 4 and plan.memory.total <= USABLE * gpu.memory
+
+
+def test_weights_that_do_not_fit_before_zero_3_cuts_them_do_not_fit() -> None:
+    changes = ["parallel.pp=1", "parallel.tp=1", "parallel.sequence_parallel=false", "parallel.zero=3"]
+    config = load_config(ROOT / "configs/lm/krause-70b.toml", [*changes, "parallel.recompute=full"])
+    plan = make_plan(config, 1024, GPUS["h100"])
+    assert plan.memory.total < GPUS["h100"].memory < plan.peak
+
+
+@pytest.mark.parametrize("change", ["model.head_dim=256", "model.window=2048", "model.attention=softmax"])
+def test_what_the_kernels_do_not_take_is_planned_with_what_does(small: Path, change: str) -> None:
+    config = load_config(small, ["train.seq_len=4096", "model.head_dim=256", change])
+    assert make_plan(config, 1, GPUS["h100"]).memory.activations > 0
 
 
 def test_the_bubble_is_that_of_one_forward_one_backward(small: Path) -> None:

@@ -91,6 +91,8 @@ SHIPPED = [
     *(Case(d=d, window=window) for d in (32, 64, 96, 128) for window in WINDOWS),
     *(Case("fp32", window=window) for window in WINDOWS),
     *(Case("fp32", d=d) for d in (32, 96, 128)),
+    *(Case("fp32", group=4, docs=True, dropout=0.1, select=select) for select in (True, False)),
+    Case("fp32", window=None, grid=Grid(14, 14, 2, "chebyshev")),
     *(Case(dtype, d=d, select=False) for dtype in DTYPES for d in (32, 64, 96, 128)),
     *(Case(group=4, select=select) for select in (True, False)),
     *(Case(docs=True, select=select) for select in (True, False)),

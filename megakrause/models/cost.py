@@ -18,12 +18,15 @@ from megakrause.models.attention import Sequence
 from megakrause.models.block import Block
 from megakrause.models.layout import Layout, Recompute
 from megakrause.models.lm import Embedding, Head
+from megakrause.ops.krause_launch import triton_refuses
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import TensorParallel
 from megakrause.parallel.mesh import Axis
 
 LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
-REDUCE_BUCKET = 100_000_000  # gradients that ZeRO sends at once, at most
+REDUCE_BUCKET = 100_000_000  # gradients that ZeRO 2 and 3 send at once, at most
+LIVE_PARAMETERS = 500_000_000  # that ZeRO 3 keeps gathered, at most
+PLAIN_BUCKET = 500_000_000  # gradients that DeepSpeed sends at once without them; not to be set
 
 
 class AbsentAxis(Axis):
@@ -82,8 +85,7 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     # A rank in the middle of the axis sends and receives most.
     tp, cp = (AbsentAxis(size // 2, size, None) for size in (parallel.tp, parallel.cp))
-    backend = "triton" if gpu else "auto"
-    layout = Layout(TensorParallel(tp, parallel.sequence_parallel), cp, backend=backend)
+    layout = Layout(TensorParallel(tp, parallel.sequence_parallel), cp)
     length = config.train.seq_len // cp.size
     with FakeTensorMode(), _default_dtype(dtype):
         positions = torch.arange(cp.rank * length, (cp.rank + 1) * length)
@@ -94,7 +96,11 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
         stream = torch.zeros(1, share, model.width, requires_grad=True)
 
         def block(layer: int) -> LayerCost:
-            made = {level: _Rerun(model, layer, replace(layout, recompute=level)) for level in LEVELS}
+            window, kind = model.window_of_layers[layer], model.attention_of_layers[layer]
+            q, top_k = torch.empty(1, 1, 1, model.head_size), model.top_k if kind == "krause" else None
+            takes = gpu and triton_refuses(q, window or config.train.seq_len, None, top_k) is None
+            here = replace(layout, backend="triton" if takes else "auto")
+            made = {level: _Rerun(model, layer, replace(here, recompute=level)) for level in LEVELS}
             return _run(layout, made, stream, sequence)
 
         first = {kind: layer for layer, kind in reversed(list(enumerate(model.attention_of_layers)))}
@@ -154,7 +160,7 @@ class StateBytes:
     weights: int
     gradients: int
     optimizer: int  # master weights and both moments
-    buffers: int  # through which gradients are sent
+    buffers: int  # through which gradients are sent; weights that are gathered
 
     @property
     def total(self) -> int:
@@ -170,16 +176,17 @@ def state_bytes(config: RunConfig, shapes: Collection[tuple[int, ...]], ranks: i
     zero = max(zero, 1) if bf16 else zero
     width, sizes = 2 if bf16 else 4, list(map(math.prod, shapes))
     total = sum(sizes)
+    plain = 4 * min(PLAIN_BUCKET, total) if ranks > 1 else 0
     if zero == 0:
-        return StateBytes(4 * total, 4 * total, 8 * total, 0)
+        return StateBytes(4 * total, 4 * total, 8 * total, plain)
     wide = sum(n for n, shape in zip(sizes, shapes, strict=True) if len(shape) > 1)
     padded = sum(-(-n // (2 * ranks)) * 2 * ranks for n in (wide, total - wide))
     part = sum(-(-n // ranks) for n in sizes) if zero == 3 else padded // ranks
     optimizer = 0 if config.parallel.offload else 12 * part
     bucket = 4 * min(REDUCE_BUCKET, total) if ranks > 1 else 0
     if zero == 3:
-        return StateBytes(width * part, 4 * part, optimizer, bucket)
+        return StateBytes(width * part, 4 * part, optimizer, bucket + width * min(LIVE_PARAMETERS, total))
     gradients = 4 * part if zero == 2 else 4 * total  # before they are summed over the ranks
     if zero == 1 and bf16:  # those of a micro-batch, and their sum
-        gradients = 4 * padded + 2 * total
+        gradients, bucket = 4 * padded + 2 * total, plain
     return StateBytes(width * padded, gradients, optimizer, bucket)

@@ -102,7 +102,7 @@ def _last_keys(
     unseen = k.shape[1] - q.shape[1] - (window - 1)
     if unseen <= 0:
         return k, v, doc_start
-    return k[:, unseen:], v[:, unseen:], None if doc_start is None else doc_start - unseen
+    return k[:, unseen:], v[:, unseen:], None if doc_start is None else doc_start.clamp(min=unseen) - unseen
 
 
 def _check(

@@ -23,6 +23,7 @@ class KeyRing:
         self.k, self.v = k.new_zeros(b, window, h_kv, d), k.new_zeros(b, window, h_kv, d)
         self.half_squares = k.new_zeros(b, h_kv, window, dtype=compute)
 
+    @torch.no_grad()
     def fill(self, k: Tensor, v: Tensor, position: int) -> None:
         """Takes the keys and values [b, s, h_kv, d] of the positions from `position` on."""
         start = max(0, k.shape[1] - self.window)
@@ -54,10 +55,13 @@ def krause_decode(
 
     Raises ValueError for arguments that do not fit together or that the backend cannot take."""
     b, _, h, d = q.shape
-    _, window, h_kv, _ = ring.k.shape
-    if q.shape[1] != 1 or k.shape != (b, 1, h_kv, d) or v.shape != k.shape or h % h_kv:
-        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    b_ring, window, h_kv, d_ring = ring.k.shape
+    fits = (b, d) == (b_ring, d_ring) and k.shape == v.shape == (b, 1, h_kv, d) and log_sigma.shape in ((h,), (1,))
+    if q.shape[1] != 1 or not fits or h % h_kv:
+        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, log_sigma {list(log_sigma.shape)}"
         raise ValueError(f"{shapes} do not fit a ring of {list(ring.k.shape)}; one position each, h a multiple of h_kv")
+    if len({x.device for x in (q, k, v, log_sigma, ring.k, position)}) > 1:
+        raise ValueError(f"q is on {q.device}, the ring on {ring.k.device}; all arguments must be on one device")
     if not q.dtype == k.dtype == v.dtype == ring.k.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, the ring {ring.k.dtype}; they must be the same")
     if position.shape != (b,) or position.dtype != torch.int32:
@@ -206,7 +210,7 @@ def decode_kernel(
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, D], tl.float32)
     for t in tl.static_range(TILES):
-        p = tl.where(tiles[t] >= cut[:, None], tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]), 0.0)
+        p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]))
         total += tl.sum(p, 1)
         values = load_keys(ring_v, i * 0 + t * COLUMNS, column, window, h_kv, HEAD_DIM, D)
         values = tl.where((t * COLUMNS + column == slot)[:, None], new_v[None, :], values)

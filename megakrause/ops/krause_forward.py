@@ -124,7 +124,8 @@ def select_and_attend(
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, D], tl.float32)
     for t in tl.static_range(TILES - 1, -1, -1):  # tile 0, which is two, last: the others' registers are free by then
-        p = tl.where(tiles[t] >= cut[:, None], tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]), 0.0)
+        # So written, a score that is not a number is kept, and seen in the result.
+        p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]))
         total += tl.sum(p, 1)
         j = newest + t * STEP + column
         if KIND == WINDOW and t == 0:

@@ -53,10 +53,9 @@ def triton_refuses(q: Tensor, window: int | None, grid: Grid | None, top_k: int 
 def decode_refuses(q: Tensor, k: Tensor, window: int, top_k: int | None) -> str | None:
     """As `triton_refuses`, for one new token and a ring of `window` keys, all of which lie in registers."""
     rows = max(16, triton.next_power_of_2(q.shape[2] // k.shape[2]))
-    if window * rows > MAX_RING:
-        return (
-            f"a ring of at most {MAX_RING // rows} keys for {q.shape[2] // k.shape[2]} query heads each, not {window}"
-        )
+    most = MAX_RING // (2 if q.element_size() > 2 and q.shape[-1] > 64 else 1)
+    if window * rows > most:
+        return f"a ring of at most {most // rows} keys for {q.shape[2] // k.shape[2]} query heads each, not {window}"
     return triton_refuses(q, window, None, top_k)
 
 
@@ -115,7 +114,7 @@ class Launch:
         if self.capability < 90 and held == 128:  # operands of products are in registers too
             rows = min(rows, 32)
         if wide:
-            rows, warps = 16, 4 if held <= 128 and self.padded_head_dim <= 64 else 8
+            rows, warps = 16, 4 if held <= 128 and self.padded_head_dim <= 64 and self.dropout == 0 else 8
         if self.window is not None:  # a block's positions lie within one tile
             rows = min(rows, columns * self.pack)
         return Tiles(max(rows, 16, self.pack), columns, warps, 2, tiles)
@@ -163,7 +162,9 @@ class Launch:
     @property
     def scalars(self) -> tuple[int | float, ...]:
         """s, s_k, h, h_kv, window, width, radius, seed, dropout_threshold, dropout_scale."""
-        width, radius = (self.grid.width, self.grid.radius) if self.grid is not None else (1, 0)
+        width, radius = 1, 0
+        if self.grid is not None:  # beyond the grid's own size a radius adds nothing
+            width, radius = self.grid.width, min(self.grid.radius, self.grid.height + self.grid.width)
         threshold = round(self.dropout * 2**32) - 2**31
         sizes = self.s, self.s_k, self.h, self.h_kv, self.window or 0, width, radius
         return *sizes, self.seed, threshold, 1 / (1 - self.dropout)

@@ -34,7 +34,7 @@ def krause_reference(
     if top_k is not None and top_k < s_k:
         with torch.no_grad():
             last = z.masked_fill(~seen, -torch.inf).topk(top_k, dim=-1).values[..., -1:]
-            keep = seen & (z >= last)
+            keep = seen & ~(z < last)  # what is not a number is kept, and seen in the result
 
     # Dividing before masking, with a finite floor, keeps the gradient of log_sigma and of empty rows free of NaN.
     scores = z / torch.exp(2 * log_sigma.to(compute))[:, None, None]

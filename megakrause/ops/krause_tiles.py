@@ -4,6 +4,9 @@ A program works on ROWS rows: PACK query heads that share one kv head, at ROWS /
 (row = position * PACK + head), so that keys and values are read once for all of them. Tensors are contiguous `b s h d`,
 numbers of one row `b s h`, |k|^2 / 2 `b h_kv s_k`. Positions on the key axis: i of queries, j of keys.
 
+A number that is not finite can reach all rows whose tiles it lies in, for there it is multiplied by zero; in the
+forward pass, a key or query reaches only those that see it.
+
 Offsets are 64-bit up to the corner of a tile, 32-bit within it: whole tiles of 64-bit pointers would cost registers.
 
 Shapes: r rows, c columns (keys of one tile), D the head size's next power of two. Upper case: known when compiled.

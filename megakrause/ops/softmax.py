@@ -33,12 +33,16 @@ def softmax_attention(
     if window is not None and window >= s_k:
         window = None
     cut = doc_start is not None or window is not None
-    on_gpu = q.is_cuda or backend == "triton"
-    if cut and on_gpu and triton_refuses(q, window or s_k, None, None) is None:
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend = {backend!r}; use one of auto, triton")
+    refusal = triton_refuses(q, window or s_k, None, None)
+    if cut and backend == "triton" and refusal is not None:
+        raise ValueError(f"backend = 'triton' takes {refusal}; use 'auto'")
+    if cut and (q.is_cuda or backend == "triton") and refusal is None:
         return _by_kernel(q, k, v, window or s_k, doc_start, "triton")
     if window is not None and s_k > DENSE_WINDOWS * window and s > 1:
         unseen = max(0, s_k - s - (window - 1))  # by any query
-        start = None if doc_start is None else doc_start - unseen
+        start = None if doc_start is None else doc_start.clamp(min=unseen) - unseen
         return _by_kernel(q, k[:, unseen:], v[:, unseen:], window, start, "blocked")
     seen = causal_mask(s, s_k, doc_start, q.device, window) if mask is None else mask()
     grouped = q.shape[2] != k.shape[2]

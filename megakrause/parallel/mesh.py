@@ -154,8 +154,8 @@ class Mesh:
                 )
             device, backend = torch.device("cuda", local_rank), "nccl"
             torch.cuda.set_device(device)
+        timeout = timedelta(seconds=parallel.timeout + 60)  # the watch, which knows more, comes first
         if not dist.is_initialized():
-            timeout = timedelta(seconds=parallel.timeout + 60)  # the watch, which knows more, comes first
             if launched:
                 dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
             else:  # alone: no address and no port that another job could hold
@@ -167,14 +167,16 @@ class Mesh:
                 raise UserError(
                     f"rank {rank} has the layout {parallel}, rank {other} {theirs}; start all with the same config"
                 )
-        return Mesh.of(shape, device)
+        return Mesh.of(shape, device, timeout)
 
     @staticmethod
-    def of(shape: tuple[int, int, int, int], device: torch.device) -> Mesh:
-        """The mesh of all processes of the default group, of shape (pp, dp, cp, tp). Collective."""
+    def of(shape: tuple[int, int, int, int], device: torch.device, timeout: timedelta | None = None) -> Mesh:
+        """The mesh of all processes of the default group, of shape (pp, dp, cp, tp). Collective. timeout: of its own
+        collectives; None: torch's default."""
         ranks = np.arange(dist.get_world_size()).reshape(shape)
-        pp, dp, cp, tp = (make_axis(np.moveaxis(ranks, dim, -1).reshape(-1, shape[dim])) for dim in range(4))
-        data = make_axis(np.moveaxis(ranks, 3, 1).reshape(-1, shape[1] * shape[2]))
+        rows = [np.moveaxis(ranks, dim, -1).reshape(-1, shape[dim]) for dim in range(4)]
+        pp, dp, cp, tp = (make_axis(each, timeout) for each in rows)
+        data = make_axis(np.moveaxis(ranks, 3, 1).reshape(-1, shape[1] * shape[2]), timeout)
         world = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return Mesh(pp, dp, cp, tp, data, world, device)
 
@@ -191,12 +193,12 @@ def mesh_shape(parallel: ParallelConfig, processes: int) -> tuple[int, int, int,
     return pp, processes // (pp * cp * tp), cp, tp
 
 
-def make_axis(rows: np.ndarray) -> Axis:
+def make_axis(rows: np.ndarray, timeout: timedelta | None = None) -> Axis:
     """The axis along that row of `rows`, ranks [axes, size], which holds this process; alone if none does. Collective
     over all processes."""
     group, mine = None, None
     for row in rows.tolist():
-        made = dist.new_group(row)
+        made = dist.new_group(row, timeout=timeout)
         if dist.get_rank() in row:
             group, mine = made, row
     return ALONE if mine is None else Axis(mine.index(dist.get_rank()), len(mine), group)

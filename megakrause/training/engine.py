@@ -17,7 +17,7 @@ from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.config import RunConfig
 from megakrause.models.build import count_parameters
-from megakrause.models.cost import REDUCE_BUCKET
+from megakrause.models.cost import LIVE_PARAMETERS, REDUCE_BUCKET
 from megakrause.models.init import whole_names
 from megakrause.models.lm import LanguageModel
 from megakrause.ops.cross_entropy import cross_entropy_sum
@@ -60,9 +60,12 @@ class Engine:
         bf16 = config.train.precision == "bf16"
         zero: dict[str, Any] = {"stage": max(1, config.parallel.zero) if bf16 else config.parallel.zero}
         zero["reduce_bucket_size"] = min(REDUCE_BUCKET, count_parameters(model))  # it is held as a buffer
+        if config.parallel.zero == 3:
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_PARAMETERS
         if config.parallel.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
-        model.to(mesh.device)
+        # As DeepSpeed would: master weights are made from those that the model computes with.
+        model.to(mesh.device, torch.bfloat16 if bf16 else torch.float32)
         for param in model.parameters():  # by which DeepSpeed's norm knows what to count on every rank
             param.tensor_model_parallel = hasattr(param, "shard")  # type: ignore[attr-defined]
         deepspeed.init_distributed(verbose=False)

@@ -276,6 +276,25 @@ def test_a_row_that_sees_nothing_gives_zeros_and_passes_no_gradient(backend: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_may_begin_anywhere_before_the_keys(backend: str) -> None:
+    q, k, v, log_sigma = inputs(b=1, s=60)
+    last = q[:, -4:]
+    anywhere = torch.full((1, 4), torch.iinfo(torch.int32).min, dtype=torch.int32)
+    expected = krause_attention(last, k, v, log_sigma, window=8, top_k=3, backend=backend)
+    found = krause_attention(last, k, v, log_sigma, window=8, top_k=3, doc_start=anywhere, backend=backend)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_that_is_not_a_number_is_seen_in_every_row_that_sees_it(backend: str) -> None:
+    q, k, v, log_sigma = inputs(b=1, s=60)
+    k = k.clone()
+    k[0, 20] = torch.nan
+    out = krause_attention(q, k, v, log_sigma, window=10, top_k=5, backend=backend)
+    assert out[0, 20:30].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch_gives_an_empty_output(backend: str) -> None:
     q, k = (torch.zeros(0, 5, heads, 16, requires_grad=True) for heads in (4, 2))
     out = krause_attention(q, k, k, torch.zeros(4), window=3, top_k=2, backend=backend)

@@ -155,6 +155,21 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], says: str) -> None:
         krause_decode(*step, log_sigma, ring, position, top_k=settings["top_k"], backend=settings["backend"])
 
 
+@pytest.mark.parametrize("ring", [(1, 8), (4, 8), (2, 16)], ids=str)
+def test_a_ring_of_other_sequences_or_heads_is_refused(ring: tuple[int, int]) -> None:
+    q, k, v, log_sigma = inputs(2, 1, 2, 1, 8)
+    b, d = ring
+    with pytest.raises(ValueError, match=rf"do not fit a ring of \[{b}, 4, 1, {d}\]"):
+        krause_decode(q, k, v, log_sigma, KeyRing(4, k.new_zeros(b, 1, 1, d)), at(0, q))
+
+
+def test_a_ring_keeps_no_graph() -> None:
+    _, k, v, _ = (x.requires_grad_() for x in inputs(1, 6, 2, 1, 8))
+    ring = KeyRing(4, k)
+    ring.fill(k * 2, v * 2, 0)
+    assert not ring.k.requires_grad and not ring.v.requires_grad
+
+
 def test_it_has_no_gradient() -> None:
     q, k, v, log_sigma = (x.requires_grad_() for x in inputs(1, 1, 2, 1, 8))
     assert not krause_decode(q, k, v, log_sigma, KeyRing(4, k), at(0, q)).requires_grad

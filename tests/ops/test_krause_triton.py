@@ -345,7 +345,7 @@ def test_layout_in_memory_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
-def test_numbers_that_are_not_finite_end_and_stay_in_their_neighbourhood(value: float) -> None:
+def test_keys_and_queries_that_are_not_finite_reach_no_row_but_those_that_see_them(value: float) -> None:
     tensors = [t.to(DEVICE, torch.float32) for t in inputs(b=2, s=90, heads=2, kv_heads=2, d=16)]
     whole = krause_attention(*tensors, window=20, top_k=7, backend="triton")
     for spoiled in (0, 1):
@@ -356,6 +356,9 @@ def test_numbers_that_are_not_finite_end_and_stay_in_their_neighbourhood(value: 
         assert torch.equal(out[0, :40], whole[0, :40])
         assert torch.equal(out[0, 60:], whole[0, 60:])
         assert torch.equal(out[0, :, 1], whole[0, :, 1])
+        if value != value:  # and those they reach
+            rows = slice(40, 60) if spoiled else slice(40, 41)
+            assert out[0, rows, 0].isnan().all()
 
 
 # ---- what it takes

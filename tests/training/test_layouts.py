@@ -194,6 +194,10 @@ HALF = [
         {"tp": 2, "dp": 2, "zero": 3, "sequence_parallel": True},
         {"tp": 2, "pp": 2, "zero": 1, "tied": True, "micro_batch": 2},
         {"cp": 2, "dp": 2, "zero": 2, "recompute": "full", "attention": "mixed"},
+        *({"dp": 2, "zero": zero, "offload": True} for zero in (1, 2, 3)),
+        {"pp": 2, "zero": 1, "offload": True},
+        {"pp": 2, "zero": 1, "tied": True},
+        {"cp": 2, "zero": 3, "recompute": "selective", "tied": True},
     )
 ]
 
