@@ -262,6 +262,10 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--markdown", type=Path, help="also write it here, with what spills and why")
 
     def training(arguments: argparse.Namespace) -> None:
+        if arguments.layouts:
+            from megakrause.bench.layouts import run as run_layouts
+
+            return run_layouts(arguments.json)
         from megakrause.bench.training import run
 
         run(arguments.lengths, arguments.json)
@@ -270,10 +274,14 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         kinds,
         "training",
         "Tokens per second of the demo model, its softmax twin and a transformers Llama of the same size.",
-        "  megakrause bench training\n  megakrause bench training --lengths 256 --json training.json",
+        "  megakrause bench training\n  megakrause bench training --lengths 256 --json training.json\n"
+        "  torchrun --nproc_per_node=4 -m megakrause bench training --layouts",
         training,
     )
     parser.add_argument("--lengths", type=_positive, nargs="+", default=[256, 1024, 4096], help="sequence lengths")
+    parser.add_argument(
+        "--layouts", action="store_true", help="instead: every layout of the launcher's processes, and what it sends"
+    )
     parser.add_argument("--json", type=Path, help="also write the table here")
 
 
