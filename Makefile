@@ -47,11 +47,14 @@ setup: $(STAMP)  ## make the environment in .venv (at once when nothing changed)
 demo: setup  ## set-up, then the whole main job on this machine: text to trained, exported model
 	@$(PY) -m megakrause.demo
 
+# Two at a time, files whole: tests of a file share what is slow to start, and some start eight processes.
+PYTEST = $(PY) -m pytest -n 2 --dist loadfile
+
 test: setup  ## set-up, then the tests
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-full: setup  ## set-up, then all tests with the long tail
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 gpu-check: setup  ## on a machine with a CUDA GPU: check and time the kernels, train; writes gpu-report/
 	@$(PY) tests/gpu_check.py

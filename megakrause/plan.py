@@ -23,6 +23,7 @@ from megakrause.errors import UserError
 from megakrause.models.build import flops_of_layers, whole_shapes
 from megakrause.models.cost import ModelCost, StateBytes, measure, state_bytes
 from megakrause.models.layout import balanced_stages
+from megakrause.table import table
 
 GIB = 2**30
 
@@ -238,7 +239,7 @@ def run(config: RunConfig, gpus: int | None, gpu_name: str, count: int, json_pat
     best = search(config, gpus, gpu)[:count] if count else []
     if count:
         print(f"\nlayouts of {gpus} GPUs that fit in {USABLE:.0%} of {gpu.memory / GIB:.0f} GiB, fastest first:")
-        print(_table([_row(p, gpu) for p in best]) if best else "none; use more GPUs, or parallel.offload = true")
+        print(table([_row(p, gpu) for p in best]) if best else "none; use more GPUs, or parallel.offload = true")
     if json_path is not None:
         found = [_row(p, gpu) | {"memory": asdict(p.memory), "sent": p.sent} for p in (plan, *best)]
         json_path.write_text(json.dumps({"gpu": gpu_name, "this": found[0], "best": found[1:]}, indent=1) + "\n")
@@ -302,9 +303,3 @@ def _row(plan: Plan, gpu: Gpu) -> dict[str, Any]:
         "tokens/s": plan.tokens_per_s,
         "MFU %": 100 * _mfu(plan, gpu),
     }
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    from megakrause.bench.measure import table
-
-    return table(rows)

@@ -32,8 +32,9 @@ from megakrause import krause_attention
 from megakrause.bench.attention import Setting, forward_backward, make_inputs
 from megakrause.bench.attention import run as bench_attention
 from megakrause.bench.decode import run as bench_decode
-from megakrause.bench.measure import machine, table, take_turns
+from megakrause.bench.measure import machine, take_turns
 from megakrause.ops.krause_launch import Launch, Tiles
+from megakrause.table import table
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_krause_triton.py", "test_krause_operators.py", "test_krause_decode.py", "test_golden.py")

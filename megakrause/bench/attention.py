@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from megakrause.bench.measure import copy_bandwidth, machine, peak_memory, ratio, table, take_turns, write_json
+from megakrause.bench.measure import copy_bandwidth, machine, peak_memory, ratio, take_turns, write_json
 from megakrause.bench.plot import plot_lines
 from megakrause.errors import UserError
 from megakrause.ops.krause import krause_attention
+from megakrause.table import table
 
 SIGMA = 2.5
 DENSE_BYTES = 12 * 4  # the published form holds about a dozen float32 [h, s, s] at once

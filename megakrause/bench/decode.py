@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megakrause.bench.measure import machine, ratio, table, take_turns, write_json
+from megakrause.bench.measure import machine, ratio, take_turns, write_json
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
 from megakrause.models.attention import GrowingCache
 from megakrause.models.build import build_model
 from megakrause.models.lm import LanguageModel, ModelCache
+from megakrause.table import table
 
 MODEL = dict(layers=4, width=256, heads=4, kv_heads=2, mlp_width=768, window=128, top_k=64)
 VOCABULARY = 4096

@@ -20,13 +20,14 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megakrause.bench.measure import table, write_json
+from megakrause.bench.measure import write_json
 from megakrause.errors import UserError
 from megakrause.ops.grid import Grid
 from megakrause.ops.krause_backward import backward
 from megakrause.ops.krause_decode import decode
 from megakrause.ops.krause_forward import forward
 from megakrause.ops.krause_launch import INTERPRETED, MAX_REGISTERS, Launch
+from megakrause.table import table
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # float16 compiles to what bfloat16 does, but for one letter

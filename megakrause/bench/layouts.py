@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megakrause.bench.measure import machine, table, write_json
+from megakrause.bench.measure import machine, write_json
 from megakrause.bench.training import LR, MODEL, TOKENS, VOCABULARY, make_batch
 from megakrause.config import RunConfig, parse_config
 from megakrause.errors import UserError
@@ -18,6 +18,7 @@ from megakrause.models.build import build_model
 from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh
 from megakrause.plan import GPUS, make_plan
+from megakrause.table import table
 from megakrause.training.engine import Engine
 
 STEPS = 8

@@ -14,13 +14,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megakrause.batch import TokenBatch
-from megakrause.bench.measure import machine, ratio, table, take_turns, write_json
+from megakrause.bench.measure import machine, ratio, take_turns, write_json
 from megakrause.config import ModelConfig, RunConfig, parse_config
 from megakrause.errors import UserError
 from megakrause.hf.names import to_hf
 from megakrause.models.build import build_model, count_parameters
 from megakrause.ops.softmax import causal_mask
 from megakrause.parallel.mesh import Mesh
+from megakrause.table import table
 from megakrause.training.engine import Engine
 
 TOKENS = 4096  # of a step
