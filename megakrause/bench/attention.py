@@ -61,6 +61,7 @@ def run(setting: Setting, lengths: list[int], json_path: Path | None, plot_path:
         f"sdpa: torch's full causal softmax attention ({rows[0]['sdpa backend']})."
     )
     if bandwidth is not None:
+        print("replayed from CUDA graphs: the GPU's own time, without waiting for Python.")
         print(f"floor: q, k, v, the results and the gradients moved once, at {bandwidth / 1e12:.2f} TB/s (measured).")
     if json_path is not None:
         write_json(json_path, {"machine": machine(), "setting": asdict(setting), "rows": rows})
@@ -110,7 +111,7 @@ def fastest_sdpa(inputs: list[Tensor]) -> tuple[str, Attend]:
     for backend in SDPA_BACKENDS:
         attend = partial(sdpa, backend=backend)
         try:
-            times = take_turns({backend.name: partial(forward_backward, attend, inputs)}, rounds=3)
+            times = take_turns({backend.name: partial(forward_backward, attend, inputs)}, rounds=3, replayed=True)
         except RuntimeError:  # not for these inputs, or not on this GPU
             continue
         seconds[backend.name] = min(times[backend.name])
@@ -190,7 +191,7 @@ def measure(setting: Setting, length: int, bandwidth: float | None) -> dict[str,
     row: dict[str, Any] = {"T": length, "sdpa backend": backend}
     for kind, call in (("forward", forward), ("forward + backward", forward_backward)):
         runs = {name: partial(call, attend, inputs) for name, attend in contestants.items()}
-        seconds = take_turns(runs, rounds=5)
+        seconds = take_turns(runs, rounds=5, replayed=True)
         ms = {f"{name} ms": statistics.median(seconds[name]) * 1e3 if name in seconds else None for name in names}
         ratios = {f"x {n}": ratio(seconds[n], seconds["krause"]) if n in seconds else None for n in names[2:]}
         memory = peak_memory(runs["krause"])

@@ -18,11 +18,16 @@ import torch
 QUEUED_SECONDS = 0.01  # that a GPU is kept busy for one measurement, so that starting the first call hides
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def take_turns(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, replayed: bool = False
+) -> dict[str, list[float]]:
     """Seconds of one call of each contestant in each round, after one round that does not count. A GPU is given as many
-    calls at a time as keep it busy for a while."""
+    calls at a time as keep it busy for a while. replayed: it works from recordings (CUDA graphs), so that it never
+    waits for Python; a contestant must do the same in every call."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     calls = dict.fromkeys(contestants, 1)
+    if torch.cuda.is_available() and replayed:
+        contestants = {name: _recording(run) for name, run in contestants.items()}
     for name, run in contestants.items():
         run()
         if torch.cuda.is_available():
@@ -31,6 +36,19 @@ def take_turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dic
         for name, run in contestants.items():
             seconds[name].append(_time(run, calls[name]))
     return seconds
+
+
+def _recording(run: Callable[[], Any]) -> Callable[[], Any]:
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):  # what is compiled or allocated at the first call is no part of the recording
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def _time(run: Callable[[], Any], calls: int) -> float:
