@@ -261,27 +261,82 @@ def tune(arguments: argparse.Namespace) -> None:
 
 def choices_of_tiles() -> list[tuple[str, int, int, Tiles]]:
     """(kernel, head size, window, tiles)."""
-    choices: dict[str, list[tuple[int, ...]]] = {
-        "select": [(64, 64, 4), (64, 64, 8), (32, 64, 4), (32, 128, 4), (64, 128, 4), (16, 128, 4), (64, 128, 8),
-                   (128, 64, 8), (16, 64, 4), (32, 64, 2), (16, 64, 2)],
-        "attend": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 8, 3),
-                   (128, 32, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2)],
-        "grad_queries": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2),
-                         (128, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 3), (32, 64, 4, 2)],
-        "grad_keys": [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 4, 2),
-                      (32, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (32, 32, 4, 2), (16, 64, 4, 2)],
-    }  # fmt: skip
+    # rows, columns, warps, stages, registers of a thread
+    select = [
+        (64, 64, 4, 2, 255),
+        (64, 64, 4, 2, 168),
+        (64, 128, 4, 2, 255),
+        (128, 128, 8, 2, 255),
+        (128, 128, 8, 2, 168),
+        (32, 64, 2, 2, 255),
+        (32, 64, 2, 2, 168),
+        (32, 128, 2, 2, 255),
+        (32, 128, 4, 2, 255),
+        (32, 128, 8, 2, 255),
+        (16, 128, 2, 2, 255),
+        (16, 128, 4, 2, 255),
+        (16, 128, 8, 2, 255),
+        (32, 32, 4, 2, 255),
+        (32, 32, 2, 2, 255),
+        (32, 32, 1, 2, 255),
+        (16, 16, 4, 2, 255),
+        (16, 16, 1, 2, 255),
+        (16, 32, 1, 2, 255),
+    ]
+    attend = [
+        (64, 64, 4, 2, 255),
+        (64, 64, 4, 2, 128),
+        (64, 64, 4, 3, 168),
+        (64, 32, 4, 3, 255),
+        (64, 32, 4, 3, 128),
+        (64, 32, 4, 2, 128),
+        (64, 32, 4, 3, 168),
+        (128, 32, 4, 3, 255),
+    ]
+    grad_queries = [
+        (64, 32, 4, 3, 255),
+        (64, 32, 4, 3, 128),
+        (64, 32, 4, 2, 128),
+        (64, 32, 4, 3, 168),
+        (64, 32, 4, 4, 128),
+        (64, 64, 4, 2, 168),
+        (64, 64, 4, 2, 255),
+        (128, 32, 8, 3, 128),
+    ]
+    grad_keys = [
+        (32, 64, 4, 2, 255),
+        (32, 64, 4, 2, 168),
+        (16, 64, 4, 2, 255),
+        (16, 64, 4, 2, 168),
+        (16, 64, 4, 2, 128),
+        (16, 64, 4, 3, 168),
+        (32, 32, 4, 2, 168),
+        (32, 64, 8, 2, 255),
+        (32, 64, 8, 2, 128),
+        (32, 128, 8, 2, 255),
+        (64, 64, 4, 2, 255),
+    ]
     found = []
-    for d, window in ((64, 128), (128, 128), (64, 256), (64, 512)):
-        for which, shapes in choices.items():
-            for shape in shapes:
-                if which == "select":
-                    tiles = Tiles(*shape, 2, triton.cdiv(window, shape[1]))
-                    if tiles.rows > tiles.columns or tiles.rows * window > 128 * 32 * tiles.warps:
-                        continue  # a block of positions lies within a tile; registers
-                else:
-                    tiles = Tiles(*shape)
-                found.append((which, d, window, tiles))
+    for d, window in (
+        (64, 16),
+        (128, 32),
+        (64, 64),
+        (64, 128),
+        (128, 128),
+        (64, 256),
+        (128, 256),
+        (64, 512),
+        (64, 1024),
+    ):
+        for rows, columns, warps, stages, registers in select:
+            held, narrow = max(window, columns), min(64, window)
+            if narrow <= columns <= max(64, window) and rows <= columns and rows * held <= 128 * 32 * warps:
+                tiles = Tiles(rows, columns, warps, stages, held // columns, registers)
+                found.append(("select", d, window, tiles))
+        if window == 128:
+            for which, shapes in (("attend", attend), ("grad_queries", grad_queries), ("grad_keys", grad_keys)):
+                for *shape, registers in shapes:
+                    found.append((which, d, window, Tiles(*shape, registers=registers)))
     return found
 
 
@@ -299,8 +354,8 @@ def launcher(which: str, d: int, window: int, length: int, batch: int) -> Callab
         dropout=0.0,
         seed=0,
     )
-    out, lse, separator = krause_forward.forward(launch, q, k, v, log_sigma, None)
-    shared = q, k, v, krause_forward.half_squares(launch, k), log_sigma, None
+    out, lse, separator, squares = krause_forward.forward(launch, q, k, v, log_sigma, None)
+    shared = q, k, v, squares, log_sigma, None
     delta, row_sums = torch.zeros_like(lse), torch.empty_like(lse)
     results = [torch.empty_like(q) for _ in range(2)]
 

@@ -26,7 +26,7 @@ from megakrause.ops.grid import Grid
 from megakrause.ops.krause_backward import backward
 from megakrause.ops.krause_decode import decode
 from megakrause.ops.krause_forward import forward
-from megakrause.ops.krause_launch import INTERPRETED, MAX_REGISTERS, Launch
+from megakrause.ops.krause_launch import INTERPRETED, Launch, Tiles
 from megakrause.table import table
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -75,8 +75,8 @@ class Case:
         settings["capability"] = capability
         settings |= dict(window=self.window, grid=self.grid, top_k=seen // 2 if self.select and seen > 1 else None)
         recorder = Recorder.of(q, k, **settings)
-        out, lse, separator = forward(recorder, q, k, k, log_sigma, doc_start)
-        backward(recorder, q, q, k, k, log_sigma, doc_start, out, lse, separator)
+        saved = forward(recorder, q, k, k, log_sigma, doc_start)
+        backward(recorder, q, q, k, k, log_sigma, doc_start, *saved)
         yield from recorder.recorded
         if self.window is not None and self.bias and not self.docs and not self.dropout:
             ring = tensor(1, self.window, h_kv, self.d)
@@ -113,6 +113,7 @@ class Compilation:
     constants: dict[str, Any]
     warps: int
     stages: int
+    registers: int
 
     @property
     def source(self) -> tuple[Any, ...]:
@@ -139,7 +140,7 @@ class Compilation:
     def compile(self, capability: int) -> dict[str, Any]:
         """Registers a thread, stack bytes, spill instructions, shared memory in bytes and the matrix instruction, for
         sm_`capability`. No GPU is needed. Raises RuntimeError where Triton fails."""
-        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": MAX_REGISTERS}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
         with silence():  # a failing pass prints the whole program
             compiled = triton.compile(
                 ASTSource(*self.source), target=GPUTarget("cuda", capability, 32), options=options
@@ -166,9 +167,10 @@ class Recorder(Launch):
     recorded: list[Compilation] = field(default_factory=list, compare=False)
 
     def run(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Tiles
     ) -> None:
-        self.recorded.append(Compilation(kernel, arguments, constants, warps, stages))
+        settings = tiles.warps, tiles.stages, tiles.registers
+        self.recorded.append(Compilation(kernel, arguments, constants, *settings))
 
 
 def run(capabilities: list[int], every: bool, json_path: Path | None, markdown_path: Path | None) -> None:
@@ -193,7 +195,7 @@ def compile_all(cases: list[Case], capabilities: list[int]) -> list[dict[str, An
     for case, capability in product(cases, capabilities):
         for launch in case.launches(capability):
             kernel, *source = launch.source
-            name = f"{kernel.__name__} {source} {launch.warps} {launch.stages} {capability}"
+            name = f"{kernel.__name__} {source} {launch.warps} {launch.stages} {launch.registers} {capability}"
             work.setdefault(name, (case, launch, capability))
     rows = [_row(*item) for item in tqdm(work.values(), "compiling", unit="kernel", leave=False)]
     return sorted(rows, key=lambda row: (row["kernel"], row["sm"]))

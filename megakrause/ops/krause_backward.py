@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakrause.ops.krause_forward import half_squares
 from megakrause.ops.krause_launch import Launch
 from megakrause.ops.krause_tiles import (
     INTEGERS,
@@ -47,11 +46,12 @@ def backward(
     out: Tensor,
     lse: Tensor,
     separator: Tensor,
+    squares: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the sum over a row [b, s, h] of dlog_sigma. The other arguments: as `forward` took and gave."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta, dlog_sigma = torch.empty_like(lse), torch.empty_like(lse)
-    shared = q, k, v, half_squares(launch, k), log_sigma, doc_start
+    shared = q, k, v, squares, log_sigma, doc_start
     launch.by_rows(grad_queries, launch.grad_queries_tiles(), *shared, out, lse, separator, grad, dq, delta, dlog_sigma)
     launch.by_keys(grad_keys, launch.grad_keys_tiles(), *shared, lse, separator, grad, delta, dk, dv)
     return dq, dk, dv, dlog_sigma
@@ -82,7 +82,8 @@ def grad_queries(
     row_delta = tl.sum(row_grad.to(tl.float32) * row_out.to(tl.float32), 1)
     tl.store(delta + corner + offset, row_delta, mask=exists)
     inverse_variance = tl.exp(-2 * tl.load(log_sigma + head + lane).to(tl.float32))
-    row_lse = tl.load(lse + corner + offset, mask=exists, other=float("inf"))
+    row_lse = tl.load(lse + corner + offset, mask=exists, other=0.0)
+    row_lse = tl.where(row_lse < float("inf"), row_lse, 0.0)  # a row that keeps nothing: 0 times finite numbers below
     bound = tl.load(separator + corner + offset, mask=exists, other=0.0)
 
     column = tl.arange(0, COLUMNS)
@@ -106,7 +107,7 @@ def grad_queries(
                 seed, dropout_threshold, dropout_scale, (batch * h + head + lane)[:, None], i[:, None], j[None, :]
             )
         ds = p * (dp - row_delta[:, None])
-        row_dlog_sigma += tl.sum(tl.where(p > 0, ds * log_p, 0.0), 1)
+        row_dlog_sigma += tl.sum(ds * log_p, 1)
         keys = load_keys(k, tile, column, s_k, h_kv, HEAD_DIM, D)
         result += multiply(ds.to(keys.dtype), keys)
     store_rows(dq + corner * HEAD_DIM, offset, result * inverse_variance[:, None], exists, HEAD_DIM, D)

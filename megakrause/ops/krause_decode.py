@@ -164,7 +164,7 @@ def decode(
     constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "TILES": tiles.tiles}
     tensors = q, k, v, log_sigma, ring_k, ring_v, ring_half_squares, position, out
     sizes = launch.top_k or 0, launch.h, launch.h_kv, launch.s_k
-    launch.run(decode_kernel, launch.b * launch.h_kv, (*tensors, *sizes), constants, tiles.warps, tiles.stages)
+    launch.run(decode_kernel, launch.b * launch.h_kv, (*tensors, *sizes), constants, tiles)
     return out
 
 
@@ -200,12 +200,14 @@ def decode_kernel(
         z = multiply(rows, tl.trans(keys)) - tl.where(at == slot, new_half_square, half_squares)[None, :]
         tiles = tiles + (tl.where((at <= i)[None, :] & (at < window)[None, :], z, float("-inf")),)
 
-    cut = tl.full([ROWS], float("-inf"), tl.float32)
     if SELECT:
-        cut, _ = select(tiles, row * 0 + tl.minimum(i + 1, window), top_k, TILES)
-    highest = tl.max(tiles[0], 1)
-    for t in tl.static_range(1, TILES):
-        highest = tl.maximum(highest, tl.max(tiles[t], 1))
+        whole = (i + 1 >= window) & (window == TILES * COLUMNS)
+        cut, _, highest = select(tiles, whole, row * 0 + tl.minimum(i + 1, window), top_k, TILES)
+    else:
+        cut = tl.full([ROWS], float("-inf"), tl.float32)
+        highest = tl.max(tiles[0], 1)
+        for t in tl.static_range(1, TILES):
+            highest = tl.maximum(highest, tl.max(tiles[t], 1))
     scale = tl.exp(-2 * tl.load(log_sigma + kv * group + row, mask=row < group, other=0.0).to(tl.float32)) * LOG2_E
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, D], tl.float32)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakrause.ops.krause_launch import Launch
+from megakrause.ops.krause_launch import Launch, Tiles
 from megakrause.ops.krause_tiles import (
     INTEGERS,
     LOG2_E,
@@ -34,17 +34,18 @@ from megakrause.ops.krause_tiles import (
 
 def forward(
     launch: Launch, q: Tensor, k: Tensor, v: Tensor, log_sigma: Tensor, doc_start: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out [b, s, h, d], and per row [b, s, h] what the backward pass needs: log2 of the sum of the weights, and the z
-    that separates the kept keys from the others."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """out [b, s, h, d], and what the backward pass needs: per row [b, s, h] log2 of the sum of the weights, and the z
+    that separates the kept keys from the others; and `half_squares` of the keys."""
     out = torch.empty_like(q)
     lse, separator = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    tensors = q, k, v, half_squares(launch, k), log_sigma, doc_start, out, lse, separator
+    squares = half_squares(launch, k)
+    tensors = q, k, v, squares, log_sigma, doc_start, out, lse, separator
     if launch.top_k is None:
         launch.by_rows(attend, launch.attend_tiles(), *tensors)
     else:
         launch.by_rows(select_and_attend, launch.select_tiles(), *tensors, launch.top_k)
-    return out, lse, separator
+    return out, lse, separator, squares
 
 
 def half_squares(launch: Launch, k: Tensor) -> Tensor | None:
@@ -54,7 +55,8 @@ def half_squares(launch: Launch, k: Tensor) -> Tensor | None:
     b, s_k, h_kv, _ = k.shape
     result = torch.empty(b, h_kv, s_k, dtype=torch.float32, device=k.device)
     constants = {"HEAD_DIM": launch.head_dim, "D": launch.padded_head_dim, "KEYS": 64}
-    launch.run(half_squares_kernel, b * h_kv * triton.cdiv(s_k, 64), (k, result, s_k, h_kv), constants, 4, 2)
+    programs = b * h_kv * triton.cdiv(s_k, 64)
+    launch.run(half_squares_kernel, programs, (k, result, s_k, h_kv), constants, Tiles(1, 64))
     return result
 
 
@@ -95,17 +97,28 @@ def select_and_attend(
     column = tl.arange(0, COLUMNS)
     newest = start + ROWS // PACK + (s_k - s) - COLUMNS if KIND == WINDOW else start * 0  # where tile 0 starts
     STEP: tl.constexpr = -COLUMNS if KIND == WINDOW else COLUMNS  # from a tile to the next
+    # A column of tile 0 that lies ahead of a row's own position, both counted from the block's start.
+    ahead = (column - (COLUMNS - ROWS // PACK))[None, :] > slot[:, None]
+    whole = False  # all rows see all keys of the tiles
+    if KIND == WINDOW:
+        oldest = start + (s_k - s) - window + 1
+        whole = (window == TILES * COLUMNS) & (oldest >= 0) & (start + ROWS // PACK <= s)
+        if DOCS:
+            whole = whole & (tl.max(first - slot, 0) <= oldest)
     tiles = ()
     for t in tl.static_range(TILES):
-        j = newest + t * STEP + column
-        z = score_tile(rows, k, half_squares, newest + t * STEP, column, s_k, h_kv, HEAD_DIM, D, BIAS)
-        if KIND == WINDOW and t == 0:
-            old = newest + TILES * STEP
-            z_old = score_tile(rows, k, half_squares, old, column, s_k, h_kv, HEAD_DIM, D, BIAS)
-            z_old = tl.where((old + column)[None, :] >= first[:, None], z_old, float("-inf"))
-            z = tl.where(j[None, :] >= first[:, None], z, float("-inf"))
-            z = tl.where(j[None, :] <= i[:, None], z, z_old)
+        begin = newest + t * STEP
+        z = score_tile(rows, k, half_squares, begin, column, s_k, h_kv, HEAD_DIM, D, BIAS)
+        if KIND == WINDOW:
+            j = begin + column[None, :]
+            if t == 0:
+                old = newest + TILES * STEP
+                z = tl.where(ahead, score_tile(rows, k, half_squares, old, column, s_k, h_kv, HEAD_DIM, D, BIAS), z)
+                j = tl.where(ahead, old, newest) + column[None, :]
+            if not whole:
+                z = tl.where(j >= first[:, None], z, float("-inf"))
         else:
+            j = begin + column
             seen = is_seen(i[:, None], j[None, :], first[:, None], s_k, width, radius, KIND, CLS)
             z = tl.where(seen, z, float("-inf"))
         tiles = tiles + (z,)
@@ -114,13 +127,10 @@ def select_and_attend(
         num_seen = tl.maximum(i + 1 - first, 0)
     else:
         num_seen = count_not_below(tiles, tl.full([ROWS], -3.0e38, tl.float32), TILES).to(tl.int32)
-    cut, between = select(tiles, num_seen, top_k, TILES)
+    cut, between, highest = select(tiles, whole, num_seen, top_k, TILES)
+    highest = tl.where(num_seen > 0, highest, 0.0)
 
     scale = tl.exp(-2 * tl.load(log_sigma + head + lane).to(tl.float32)) * LOG2_E
-    highest = tl.max(tiles[0], 1)
-    for t in tl.static_range(1, TILES):
-        highest = tl.maximum(highest, tl.max(tiles[t], 1))
-    highest = tl.where(num_seen > 0, highest, 0.0)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, D], tl.float32)
     for t in tl.static_range(TILES - 1, -1, -1):  # tile 0, which is two, last: the others' registers are free by then
@@ -129,8 +139,6 @@ def select_and_attend(
         total += tl.sum(p, 1)
         j = newest + t * STEP + column
         if KIND == WINDOW and t == 0:
-            # j > i again, counted from the block's start: the mask is cheaper to compute twice than to hold.
-            ahead = (column - (COLUMNS - ROWS // PACK))[None, :] > slot[:, None]
             old = newest + TILES * STEP
             p_old = tl.where(ahead, p, 0.0)
             p = tl.where(ahead, 0.0, p)

@@ -22,11 +22,14 @@ INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; deci
 
 
 class Tiles(NamedTuple):
+    """How a kernel cuts its work, and what it is compiled with."""
+
     rows: int
     columns: int
-    warps: int
-    stages: int
+    warps: int = 4
+    stages: int = 2
     tiles: int | None = None  # of columns, where their number is fixed
+    registers: int = MAX_REGISTERS  # of a thread, at most: fewer let more programs run beside each other
 
 
 def triton_refuses(q: Tensor, window: int | None, grid: Grid | None, top_k: int | None) -> str | None:
@@ -152,12 +155,13 @@ class Launch:
         constants = self.constants | {"ROWS": tiles.rows, "COLUMNS": tiles.columns}
         if tiles.tiles is not None:
             constants["TILES"] = tiles.tiles
-        self.run(kernel, programs, (*arguments, *self.scalars), constants, tiles.warps, tiles.stages)
+        self.run(kernel, programs, (*arguments, *self.scalars), constants, tiles)
 
     def run(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int, stages: int
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Tiles
     ) -> None:
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS)
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
+        kernel[(programs,)](*arguments, **constants, **options)
 
     @property
     def scalars(self) -> tuple[int | float, ...]:

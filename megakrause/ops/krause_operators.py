@@ -88,8 +88,8 @@ def krause_attention_operator(
         log_sigma = log_sigma.expand(q.shape[2]).contiguous()
         doc_start = None if doc_start is None else doc_start.contiguous()
         launch = _launch(q, k, seen, top_k, doc_start, dropout, seed, bias)
-        out, lse, separator = krause_forward.forward(launch, q, k, v, log_sigma, doc_start)
-        return out, [lse, separator]
+        out, *for_backward = krause_forward.forward(launch, q, k, v, log_sigma, doc_start)
+        return out, [x for x in for_backward if x is not None]
 
 
 @krause_attention_operator.register_fake
@@ -108,7 +108,9 @@ def _(
 ) -> tuple[Tensor, list[Tensor]]:
     if backend == "blocked":
         return q.new_empty(q.shape), list(blocked_saved(q, k, seen[0], top_k))
-    return q.new_empty(q.shape), [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2)]
+    b, s_k, h_kv, _ = k.shape
+    shapes = [q.shape[:3]] * 2 + [(b, h_kv, s_k)] * bias
+    return q.new_empty(q.shape), [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 @torch.library.custom_op("megakrause::krause_attention_backward", mutates_args=())
@@ -140,10 +142,11 @@ def krause_attention_backward_operator(
                 bias=bias,
             )
         else:
-            q, k, v, *results = (x.contiguous() for x in saved)
+            q, k, v, out, lse, separator, *squares = (x.contiguous() for x in saved)
             sigmas = log_sigma.expand(q.shape[2]).contiguous()
             doc_start = None if doc_start is None else doc_start.contiguous()
             launch = _launch(q, k, seen, top_k, doc_start, dropout, seed, bias)
+            results = out, lse, separator, squares[0] if bias else None
             dq, dk, dv, row_sums = krause_backward.backward(
                 launch, grad.contiguous(), q, k, v, sigmas, doc_start, *results
             )

@@ -155,64 +155,82 @@ def largest_below(tiles, bound, TILES: tl.constexpr):
 
 
 @triton.jit
-def around(tiles, bound, TILES: tl.constexpr):
-    """Of each row, [r]: the largest z < bound, -inf if there is none, and the smallest z >= bound."""
-    below = tl.max(tl.where(tiles[0] < bound[:, None], tiles[0], float("-inf")), 1)
-    above = tl.min(tl.where(tiles[0] < bound[:, None], float("inf"), tiles[0]), 1)
-    for t in tl.static_range(1, TILES):
-        below = tl.maximum(below, tl.max(tl.where(tiles[t] < bound[:, None], tiles[t], float("-inf")), 1))
-        above = tl.minimum(above, tl.min(tl.where(tiles[t] < bound[:, None], float("inf"), tiles[t]), 1))
-    return below, above
+def narrow(tiles, guess, low, num_low, high, num_high, done, k, TILES: tl.constexpr):
+    """One pass of `select`: moves low or high to the guess, unless the row is done."""
+    count = count_not_below(tiles, guess, TILES)
+    enough = count >= k
+    low, num_low = tl.where(enough & ~done, guess, low), tl.where(enough & ~done, count, num_low)
+    high, num_high = tl.where(enough | done, high, guess), tl.where(enough | done, num_high, count)
+    return low, num_low, high, num_high, done | (num_low == k) | (num_high == k - 1)
 
 
 @triton.jit
-def select(tiles, num_seen, top_k, TILES: tl.constexpr):
-    """Exact top-k of rows that lie in registers as a tuple of tiles [r, c], -inf where not seen.
+def interpolate(low, num_low, high, num_high, k):
+    """Where the k-th would be, were the scores between low and high spread evenly."""
+    share = (num_low - k + 0.5) / (num_low - num_high)
+    return low + (high - low) * tl.minimum(tl.maximum(share, 0.02), 0.98)
 
-    Returns (cut, separator), [r]: z >= cut is kept, which is the top_k largest and all ties with the last of them.
-    `separator` keeps the same keys of a z that was computed again in another order of summation: it lies half-way down
-    to the next smaller z. Both are -inf for rows that see at most top_k keys.
+
+@triton.jit
+def select(tiles, whole, num_seen, top_k, TILES: tl.constexpr):
+    """Exact top-k of rows that lie in registers as a tuple of tiles [r, c], -inf where not seen. whole: whether all is
+    seen.
+
+    Returns (cut, separator, highest), [r]. z >= cut is kept, which is the top_k largest and all ties with the last of
+    them. `separator` keeps the same keys of a z that was computed again in another order of summation: it lies half-way
+    down to the next smaller z. Both are -inf for rows that see at most top_k keys.
 
     A bracket low <= k-th z < high is narrowed by counting. The first guess is the quantile of a normal distribution
-    with the row's mean and variance; the next ones interpolate on rank, and later ones also halve. A row is done when
-    exactly k are >= low, or k - 1 are >= high, for then the k-th is the largest below high. Rows with ties across the
-    k-th, and any that are left after MAX_PASSES, walk down from high, value by value. On normally distributed rows the
-    slowest of 64 takes 7 passes."""
+    with the row's mean and variance, the second goes on from it with that distribution's density; the next ones
+    interpolate on rank, and later ones also halve. A row is done when exactly k are >= low, or k - 1 are >= high, for
+    then the k-th is the largest below high. Rows with ties across the k-th, and any that are left after MAX_PASSES,
+    walk down from high, value by value. On normally distributed rows the slowest of 64 takes 6 passes; the first few
+    are not worth asking all warps whether they are done."""
+    FIRST_PASSES: tl.constexpr = 4
     MAX_PASSES: tl.constexpr = 16
     n = num_seen.to(tl.float32)
     k = top_k.to(tl.float32)
     total, squares = n * 0, n * 0
-    low, high = n * 0 + float("inf"), n * 0 + float("-inf")
-    for t in tl.static_range(TILES):
-        seen = tiles[t] > float("-inf")
-        z = tl.where(seen, tiles[t], 0.0)
-        total += tl.sum(z, 1)
-        squares += tl.sum(z * z, 1)
-        low = tl.minimum(low, tl.min(tl.where(seen, tiles[t], float("inf")), 1))
-        high = tl.maximum(high, tl.max(tiles[t], 1))
-    high += tl.maximum(tl.abs(low), tl.abs(high)) * 2.0**-21 + 2.0**-100  # now none is >= high
+    low, highest = n * 0 + float("inf"), n * 0 + float("-inf")
+    if whole:
+        for t in tl.static_range(TILES):
+            total += tl.sum(tiles[t], 1)
+            squares += tl.sum(tiles[t] * tiles[t], 1)
+            low = tl.minimum(low, tl.min(tiles[t], 1))
+            highest = tl.maximum(highest, tl.max(tiles[t], 1))
+    else:
+        for t in tl.static_range(TILES):
+            seen = tiles[t] > float("-inf")
+            z = tl.where(seen, tiles[t], 0.0)
+            total += tl.sum(z, 1)
+            squares += tl.sum(z * z, 1)
+            low = tl.minimum(low, tl.min(tl.where(seen, tiles[t], float("inf")), 1))
+            highest = tl.maximum(highest, tl.max(tiles[t], 1))
+    high = highest + tl.maximum(tl.abs(low), tl.abs(highest)) * 2.0**-21 + 2.0**-100  # now none is >= high
     num_low, num_high = n, n * 0
 
     all_kept = n <= k
     done = all_kept | (num_high == k - 1)
     mean = total / tl.maximum(n, 1.0)
     deviation = tl.sqrt(tl.maximum(squares / tl.maximum(n, 1.0) - mean * mean, 0.0))
-    guess = mean + deviation * (tl.log(tl.maximum(n - k, 0.5) / k) / 1.702)  # the normal quantile, to 0.01 or so
+    others = tl.maximum(n - k, 0.5)
+    guess = mean + deviation * (tl.log(others / k) / 1.702)  # the normal quantile, to 0.01 or so
     guess = tl.where((guess > low) & (guess < high), guess, (low + high) / 2)
+    low, num_low, high, num_high, done = narrow(tiles, guess, low, num_low, high, num_high, done, k, TILES)
+    missed = tl.where(guess == low, num_low, num_high) - k + 0.5
+    guess += missed * deviation * (n / (1.702 * k * others))
+    guess = tl.where((guess > low) & (guess < high), guess, interpolate(low, num_low, high, num_high, k))
+    for _ in range(FIRST_PASSES):
+        low, num_low, high, num_high, done = narrow(tiles, guess, low, num_low, high, num_high, done, k, TILES)
+        guess = interpolate(low, num_low, high, num_high, k)
     passes = 0
     busy = tl.max((~done).to(tl.int32), 0)
     while busy > 0:
-        count = count_not_below(tiles, guess, TILES)
-        enough = count >= k
-        low, num_low = tl.where(enough & ~done, guess, low), tl.where(enough & ~done, count, num_low)
-        high, num_high = tl.where(enough | done, high, guess), tl.where(enough | done, num_high, count)
-        done = done | (num_low == k) | (num_high == k - 1)
+        low, num_low, high, num_high, done = narrow(tiles, guess, low, num_low, high, num_high, done, k, TILES)
         passes += 1
-        share = (num_low - k + 0.5) / (num_low - num_high)
-        share = tl.minimum(tl.maximum(share, 0.02), 0.98)
-        share = tl.where((passes >= 6) & (passes % 2 == 0), 0.5, share)
-        guess = low + (high - low) * share
-        busy = tl.where(passes < MAX_PASSES, tl.max((~done).to(tl.int32), 0), 0)
+        halves = passes % 2 == 0
+        guess = tl.where(halves, low + (high - low) * 0.5, interpolate(low, num_low, high, num_high, k))
+        busy = tl.where(passes < MAX_PASSES - FIRST_PASSES, tl.max((~done).to(tl.int32), 0), 0)
 
     split = num_low == k  # exactly k lie at or above low
     kth = largest_below(tiles, high, TILES)
@@ -223,7 +241,26 @@ def select(tiles, num_seen, top_k, TILES: tl.constexpr):
             done = done | ~(count_not_below(tiles, kth, TILES) < k)  # so written, NaN ends the walk too
             kth = tl.where(done, kth, largest_below(tiles, kth, TILES))
             busy = tl.max((~done).to(tl.int32), 0)
-    below, cut = around(tiles, tl.where(split, low, kth), TILES)
-    separator = cut * 0.5 + below * 0.5
-    separator = tl.where(separator > below, separator, tl.where(below == float("-inf"), below, cut))
-    return tl.where(all_kept, float("-inf"), cut), tl.where(all_kept, float("-inf"), separator)
+    cut = tl.where(split, low, kth)
+    below, above = around(tiles, cut, TILES)
+    separator = cut + (above + below) * 0.5
+    separator = tl.where(separator > cut + below, separator, tl.where(below == float("-inf"), below, cut))
+    return tl.where(all_kept, float("-inf"), cut), tl.where(all_kept, float("-inf"), separator), highest
+
+
+@triton.jit
+def around(tiles, bound, TILES: tl.constexpr):
+    """From the bound of each row, [r]: down to the largest z < bound, negative, -inf if there is none; and up to the
+    smallest z >= bound, which must exist.
+
+    The bits of differences, read as unsigned integers, are smallest for the smallest that is not negative; read as
+    signed ones, for the negative one that is nearest to zero. That takes two comparisons of a score instead of six."""
+    difference = tiles[0] - bound[:, None]
+    down = tl.min(difference.to(tl.int32, bitcast=True), 1)
+    up = tl.min(difference.to(tl.uint32, bitcast=True), 1)
+    for t in tl.static_range(1, TILES):
+        difference = tiles[t] - bound[:, None]
+        down = tl.minimum(down, tl.min(difference.to(tl.int32, bitcast=True), 1))
+        up = tl.minimum(up, tl.min(difference.to(tl.uint32, bitcast=True), 1))
+    down = tl.where(down < 0, down.to(tl.float32, bitcast=True), float("-inf"))
+    return down, up.to(tl.float32, bitcast=True)
