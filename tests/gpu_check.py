@@ -28,7 +28,7 @@ from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -245,7 +245,7 @@ def losses_of(parent: Path, name: str, zero: int) -> list[float]:
 def compile_choices(arguments: argparse.Namespace) -> None:
     """Compiles what `tune` times; one core compiles one kernel."""
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        failed = [x for x in pool.map(_compile, *zip(*choices_of_tiles(), strict=True), chunksize=4) if x]
+        failed = [x for x in pool.map(_compile, choices_of_tiles(), chunksize=4) if x]
     print("\n".join(failed))
 
 
@@ -253,147 +253,96 @@ def tune(arguments: argparse.Namespace) -> None:
     """Each kernel alone, with other sizes of tiles beside the ones in use; what to change in krause_launch.py, if
     anything."""
     lines: list[dict[str, Any]] = []
-    for (which, d, window), group in groupby(choices_of_tiles(), key=lambda choice: choice[:3]):
-        lines.append(best_of(which, d, window, [tiles for *_, tiles in group]))
+    for _, group in groupby(choices_of_tiles(), key=lambda choice: choice[:4]):
+        lines.append(best_of(list(group)))
         print(json.dumps(lines[-1]), flush=True)
         (arguments.output / "tiles.json").write_text(json.dumps(lines, indent=1))
 
 
-def choices_of_tiles() -> list[tuple[str, int, int, Tiles]]:
-    """(kernel, head size, window, tiles)."""
+class Choice(NamedTuple):
+    kernel: str
+    d: int
+    window: int
+    docs: bool
+    tiles: Tiles | None
+
+
+def choices_of_tiles() -> list[Choice]:
     # rows, columns, warps, stages, registers of a thread
     select = [
         (64, 64, 4, 2, 255),
         (64, 64, 4, 2, 168),
         (64, 128, 4, 2, 255),
-        (128, 128, 8, 2, 255),
-        (128, 128, 8, 2, 168),
-        (32, 64, 2, 2, 255),
-        (32, 64, 2, 2, 168),
-        (32, 128, 2, 2, 255),
         (32, 128, 4, 2, 255),
-        (32, 128, 8, 2, 255),
-        (16, 128, 2, 2, 255),
         (16, 128, 4, 2, 255),
-        (16, 128, 8, 2, 255),
-        (32, 32, 4, 2, 255),
-        (32, 32, 2, 2, 255),
         (32, 32, 1, 2, 255),
-        (16, 16, 4, 2, 255),
         (16, 16, 1, 2, 255),
-        (16, 32, 1, 2, 255),
     ]
-    attend = [
-        (64, 64, 4, 2, 255),
-        (64, 64, 4, 2, 128),
-        (64, 64, 4, 3, 168),
-        (64, 32, 4, 3, 255),
-        (64, 32, 4, 3, 128),
-        (64, 32, 4, 2, 128),
-        (64, 32, 4, 3, 168),
-        (128, 32, 4, 3, 255),
-    ]
-    grad_queries = [
-        (64, 32, 4, 3, 255),
-        (64, 32, 4, 3, 128),
-        (64, 32, 4, 2, 128),
-        (64, 32, 4, 3, 168),
-        (64, 32, 4, 4, 128),
-        (64, 64, 4, 2, 168),
-        (64, 64, 4, 2, 255),
-        (128, 32, 8, 3, 128),
-    ]
-    grad_keys = [
-        (32, 64, 4, 2, 255),
-        (32, 64, 4, 2, 168),
-        (16, 64, 4, 2, 255),
-        (16, 64, 4, 2, 168),
-        (16, 64, 4, 2, 128),
-        (16, 64, 4, 3, 168),
-        (32, 32, 4, 2, 168),
-        (32, 64, 8, 2, 255),
-        (32, 64, 8, 2, 128),
-        (32, 128, 8, 2, 255),
-        (64, 64, 4, 2, 255),
-    ]
+    others = {
+        "attend": [(64, 64, 4, 2, 255), (64, 64, 4, 2, 128), (64, 32, 4, 3, 168), (64, 32, 4, 3, 128)],
+        "grad_queries": [(64, 64, 4, 2, 255), (64, 32, 4, 3, 255), (64, 32, 4, 3, 168), (64, 32, 4, 3, 128),
+                         (64, 32, 4, 2, 128)],
+        "grad_keys": [(64, 64, 4, 2, 255), (32, 64, 4, 2, 255), (32, 64, 4, 2, 168), (32, 64, 4, 3, 168),
+                      (16, 64, 4, 2, 168), (16, 64, 4, 2, 128), (32, 32, 4, 2, 255)],
+    }  # fmt: skip
     found = []
-    for d, window in (
-        (64, 16),
-        (128, 32),
-        (64, 64),
-        (64, 128),
-        (128, 128),
-        (64, 256),
-        (128, 256),
-        (64, 512),
-        (64, 1024),
-    ):
+    for d, window, docs in ((64, 16, False), (64, 32, False), (64, 64, False), (64, 128, False), (64, 128, True),
+                            (128, 128, False), (64, 256, False), (128, 256, False), (64, 512, False),
+                            (64, 1024, False)):  # fmt: skip
         for rows, columns, warps, stages, registers in select:
-            held, narrow = max(window, columns), min(64, window)
-            if narrow <= columns <= max(64, window) and rows <= columns and rows * held <= 128 * 32 * warps:
+            held = max(window, columns)
+            if min(64, window) <= columns <= max(64, window) and rows * held <= 128 * 32 * warps:
                 tiles = Tiles(rows, columns, warps, stages, held // columns, registers)
-                found.append(("select", d, window, tiles))
-        if window == 128:
-            for which, shapes in (("attend", attend), ("grad_queries", grad_queries), ("grad_keys", grad_keys)):
-                for *shape, registers in shapes:
-                    found.append((which, d, window, Tiles(*shape, registers=registers)))
+                found.append(Choice("select", d, window, docs, tiles))
+        for kernel, shapes in others.items() if window == 128 else ():
+            found += [Choice(kernel, d, window, docs, Tiles(*shape, registers=r)) for *shape, r in shapes]
     return found
 
 
-def launcher(which: str, d: int, window: int, length: int, batch: int) -> Callable[[Tiles | None], None]:
+def launcher(choice: Choice, length: int, batch: int) -> Callable[[], None]:
     """Runs one kernel, with these tiles or those in use."""
+    kernel, d, window, docs, tiles = choice
     setting = Setting(window, window // 2, batch=batch, heads=16, head_dim=d, dtype="bfloat16")
     q, k, v, log_sigma = make_inputs(setting, length, exact=False)
-    launch = Launch.of(
-        q,
-        k,
-        window=window,
-        grid=None,
-        top_k=None if which == "attend" else window // 2,
-        docs=False,
-        dropout=0.0,
-        seed=0,
-    )
-    out, lse, separator, squares = krause_forward.forward(launch, q, k, v, log_sigma, None)
-    shared = q, k, v, squares, log_sigma, None
+    position = torch.arange(length, dtype=torch.int32, device=q.device)
+    doc_start = (position - position % 700).expand(batch, length).contiguous() if docs else None
+    top_k = None if kernel == "attend" else window // 2
+    launch = Launch.of(q, k, window=window, grid=None, top_k=top_k, docs=docs, dropout=0.0, seed=0)
+    out, lse, separator, squares = krause_forward.forward(launch, q, k, v, log_sigma, doc_start)
+    shared = q, k, v, squares, log_sigma, doc_start
     delta, row_sums = torch.zeros_like(lse), torch.empty_like(lse)
-    results = [torch.empty_like(q) for _ in range(2)]
-
-    def run(tiles: Tiles | None) -> None:
-        if which == "select":
-            kernel, last = krause_forward.select_and_attend, (out, lse, separator, window // 2)
-            launch.by_rows(kernel, tiles or launch.select_tiles(), *shared, *last)
-        elif which == "attend":
-            launch.by_rows(krause_forward.attend, tiles or launch.attend_tiles(), *shared, out, lse, separator)
-        elif which == "grad_queries":
-            last = out, lse, separator, q, results[0], delta, row_sums
-            launch.by_rows(krause_backward.grad_queries, tiles or launch.grad_queries_tiles(), *shared, *last)
-        else:
-            last = lse, separator, q, delta, *results
-            launch.by_keys(krause_backward.grad_keys, tiles or launch.grad_keys_tiles(), *shared, *last)
-
-    return run
+    grads = [torch.empty_like(q) for _ in range(2)]
+    if kernel == "select":
+        run, default, last = krause_forward.select_and_attend, launch.select_tiles(), (out, lse, separator, top_k)
+    elif kernel == "attend":
+        run, default, last = krause_forward.attend, launch.attend_tiles(), (out, lse, separator)
+    elif kernel == "grad_queries":
+        last = out, lse, separator, q, grads[0], delta, row_sums
+        run, default = krause_backward.grad_queries, launch.grad_queries_tiles()
+    else:
+        run, default, last = krause_backward.grad_keys, launch.grad_keys_tiles(), (lse, separator, q, delta, *grads)
+    start = launch.by_keys if kernel == "grad_keys" else launch.by_rows
+    return partial(start, run, tiles or default, *shared, *last)
 
 
-def _compile(which: str, d: int, window: int, tiles: Tiles) -> str:
+def _compile(choice: Choice) -> str:
     try:
-        launcher(which, d, window, length=512, batch=1)(tiles)
+        launcher(choice, length=512, batch=1)()
         torch.cuda.synchronize()
         return ""
     except Exception as error:  # too much shared memory, or a failure of the compiler: no choice
-        return f"{which} d {d} W {window} {tuple(tiles)}: {type(error).__name__} {str(error)[:80]}"
+        return f"{choice}: {type(error).__name__} {str(error)[:80]}"
 
 
-def best_of(which: str, d: int, window: int, choices: list[Tiles]) -> dict[str, Any]:
+def best_of(choices: list[Choice]) -> dict[str, Any]:
     """Milliseconds of one kernel with each choice of its tiles, taking turns; the ones in use come first."""
-    run = launcher(which, d, window, length=8192, batch=4)
-    runs: dict[str, Callable[[], None]] = {"in use": partial(run, None)}
-    for tiles in choices:
-        if not _compile(which, d, window, tiles):
-            runs[str(tuple(tiles))] = partial(run, tiles)
+    first = choices[0]
+    possible = [first._replace(tiles=None), *(choice for choice in choices if not _compile(choice))]
+    runs = {str(tuple(x.tiles or ["in use"])): launcher(x, length=8192, batch=4) for x in possible}
     seconds = take_turns(runs, rounds=5, replayed=True)
     ms = {name: round(statistics.median(times) * 1e3, 4) for name, times in seconds.items()}
-    return {"kernel": which, "d": d, "W": window, "best": min(ms, key=lambda name: ms[name]), "ms": ms}
+    settings = {"kernel": first.kernel, "d": first.d, "W": first.window, "documents": first.docs}
+    return settings | {"best": min(ms, key=lambda name: ms[name]), "ms": ms}
 
 
 def sanitize(arguments: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from megakrause.ops.krause_tiles import (
     dropout_factor,
     first_keys,
     grid_tiles,
+    inverse_variances,
     is_seen,
     load_keys,
     load_rows,
@@ -81,7 +82,7 @@ def grad_queries(
     row_out = load_rows(out + corner * HEAD_DIM, offset, exists, HEAD_DIM, D)
     row_delta = tl.sum(row_grad.to(tl.float32) * row_out.to(tl.float32), 1)
     tl.store(delta + corner + offset, row_delta, mask=exists)
-    inverse_variance = tl.exp(-2 * tl.load(log_sigma + head + lane).to(tl.float32))
+    inverse_variance = inverse_variances(log_sigma, head, lane, ROWS, PACK)
     row_lse = tl.load(lse + corner + offset, mask=exists, other=0.0)
     row_lse = tl.where(row_lse < float("inf"), row_lse, 0.0)  # a row that keeps nothing: 0 times finite numbers below
     bound = tl.load(separator + corner + offset, mask=exists, other=0.0)
@@ -154,19 +155,20 @@ def grad_keys(
     dk_sum = tl.zeros([COLUMNS, D], tl.float32)
     dv_sum = tl.zeros([COLUMNS, D], tl.float32)
     ds_sum = tl.zeros([COLUMNS], tl.float32)
-    for step in range(num_blocks * packs):
-        start = tile_start(blocks_from, step // packs, POSITIONS, CLS)
-        head = (kv * packs + step % packs) * PACK
+    for step in range(packs * num_blocks):
+        start = tile_start(blocks_from, step % num_blocks, POSITIONS, CLS)
+        head = (kv * packs + step // num_blocks) * PACK
         corner_q = (batch * s + start) * h + head
-        offset, exists = slot * h + lane, start + slot < s
+        # What would lie beyond the last row is the last again, and sees nothing: see `first_keys`.
+        offset = tl.minimum(slot, s - 1 - start) * h + lane
         i = start + slot + (s_k - s)
         first = first_keys(doc_start, batch, start + slot, s, s_k, window, KIND, DOCS)
-        rows = load_rows(q + corner_q * HEAD_DIM, offset, exists, HEAD_DIM, D)
-        row_grad = load_rows(grad + corner_q * HEAD_DIM, offset, exists, HEAD_DIM, D)
-        row_lse = tl.load(lse + corner_q + offset, mask=exists, other=float("inf"))
-        bound = tl.load(separator + corner_q + offset, mask=exists, other=0.0)
-        row_delta = tl.load(delta + corner_q + offset, mask=exists, other=0.0)
-        inverse_variance = tl.exp(-2 * tl.load(log_sigma + head + lane).to(tl.float32))
+        rows = load_rows(q + corner_q * HEAD_DIM, offset, None, HEAD_DIM, D)
+        row_grad = load_rows(grad + corner_q * HEAD_DIM, offset, None, HEAD_DIM, D)
+        row_lse = tl.load(lse + corner_q + offset)
+        bound = tl.load(separator + corner_q + offset)
+        row_delta = tl.load(delta + corner_q + offset)
+        inverse_variance = inverse_variances(log_sigma, head, lane, ROWS, PACK)
 
         z = multiply(keys, tl.trans(rows))
         if BIAS:

@@ -21,6 +21,7 @@ from megakrause.ops.krause_tiles import (
     dropout_factor,
     first_keys,
     grid_tiles,
+    inverse_variances,
     is_seen,
     load_keys,
     load_rows,
@@ -128,38 +129,35 @@ def select_and_attend(
     else:
         num_seen = count_not_below(tiles, tl.full([ROWS], -3.0e38, tl.float32), TILES).to(tl.int32)
     cut, between, highest = select(tiles, whole, num_seen, top_k, TILES)
-    highest = tl.where(num_seen > 0, highest, 0.0)
-
-    scale = tl.exp(-2 * tl.load(log_sigma + head + lane).to(tl.float32)) * LOG2_E
+    scale = inverse_variances(log_sigma, head, lane, ROWS, PACK) * LOG2_E
+    base = tl.where(num_seen > 0, highest, 0.0) * scale
     total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, D], tl.float32)
-    for t in tl.static_range(TILES - 1, -1, -1):  # tile 0, which is two, last: the others' registers are free by then
+    weights = ()
+    for t in tl.static_range(TILES):
         # So written, a score that is not a number is kept, and seen in the result.
-        p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]))
+        p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2(tiles[t] * scale[:, None] - base[:, None]))
         total += tl.sum(p, 1)
-        j = newest + t * STEP + column
-        if KIND == WINDOW and t == 0:
-            old = newest + TILES * STEP
-            p_old = tl.where(ahead, p, 0.0)
-            p = tl.where(ahead, 0.0, p)
-            if DROPOUT:
-                p_old *= dropout_factor(
-                    seed, dropout_threshold, dropout_scale,
-                    (batch * h + head + lane)[:, None], i[:, None], (old + column)[None, :],
-                )  # fmt: skip
-            values = load_keys(v, old, column, s_k, h_kv, HEAD_DIM, D)
-            result += multiply(p_old.to(values.dtype), values)
         if DROPOUT:
+            j = newest + t * STEP + column[None, :]
+            if KIND == WINDOW and t == 0:
+                j = tl.where(ahead, newest + TILES * STEP, newest) + column[None, :]
             p *= dropout_factor(
-                seed, dropout_threshold, dropout_scale, (batch * h + head + lane)[:, None], i[:, None], j[None, :]
+                seed, dropout_threshold, dropout_scale, (batch * h + head + lane)[:, None], i[:, None], j
             )
-        values = load_keys(v, newest + t * STEP, column, s_k, h_kv, HEAD_DIM, D)
-        result += multiply(p.to(values.dtype), values)
+        if KIND == WINDOW and t == 0:
+            old_weights = tl.where(ahead, p, 0.0).to(v.dtype.element_ty)
+            p = tl.where(ahead, 0.0, p)
+        weights = weights + (p.to(v.dtype.element_ty),)
+    result = tl.zeros([ROWS, D], tl.float32)
+    for t in tl.static_range(TILES):
+        result += multiply(weights[t], load_keys(v, newest + t * STEP, column, s_k, h_kv, HEAD_DIM, D))
+    if KIND == WINDOW:
+        result += multiply(old_weights, load_keys(v, newest + TILES * STEP, column, s_k, h_kv, HEAD_DIM, D))
 
     # A row that keeps nothing: 0 here, and in the backward pass exp2(z - inf) = 0.
     result = result / tl.where(total > 0, total, 1.0)[:, None]
     store_rows(out + corner * HEAD_DIM, offset, result, exists, HEAD_DIM, D)
-    log_total = tl.where(total > 0, highest * scale + tl.log2(total), float("inf"))
+    log_total = tl.where(total > 0, base + tl.log2(total), float("inf"))
     tl.store(lse + corner + offset, log_total, mask=exists)
     tl.store(separator + corner + offset, between, mask=exists)
 
@@ -184,7 +182,7 @@ def attend(
     if BIAS:
         half_squares += (batch * h_kv + kv) * s_k
     rows = load_rows(q + corner * HEAD_DIM, offset, exists, HEAD_DIM, D)
-    scale = tl.exp(-2 * tl.load(log_sigma + head + lane).to(tl.float32)) * LOG2_E
+    scale = inverse_variances(log_sigma, head, lane, ROWS, PACK) * LOG2_E
 
     column = tl.arange(0, COLUMNS)
     if KIND == WINDOW:
@@ -200,11 +198,11 @@ def attend(
         j = tile + column
         z = score_tile(rows, k, half_squares, tile, column, s_k, h_kv, HEAD_DIM, D, BIAS)
         seen = is_seen(i[:, None], j[None, :], first[:, None], s_k, width, radius, KIND, CLS)
-        z = tl.where(seen, z * scale[:, None], float("-inf"))
+        z = tl.where(seen, z, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(z, 1))
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        p = tl.exp2(z - base[:, None])
-        shrink = tl.exp2(highest - base)
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest) * scale
+        p = tl.exp2(z * scale[:, None] - base[:, None])
+        shrink = tl.exp2(highest * scale - base)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p *= dropout_factor(
@@ -216,5 +214,5 @@ def attend(
 
     result = result / tl.where(total > 0, total, 1.0)[:, None]
     store_rows(out + corner * HEAD_DIM, offset, result, exists, HEAD_DIM, D)
-    tl.store(lse + corner + offset, tl.where(total > 0, highest + tl.log2(total), float("inf")), mask=exists)
+    tl.store(lse + corner + offset, tl.where(total > 0, highest * scale + tl.log2(total), float("inf")), mask=exists)
     tl.store(separator + corner + offset, tl.full([ROWS], float("-inf"), tl.float32), mask=exists)

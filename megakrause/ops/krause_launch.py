@@ -17,7 +17,9 @@ from megakrause.ops.krause_tiles import CHEBYSHEV, MANHATTAN, WINDOW
 MAX_SELECTED = 1024  # keys a row may see where it selects: they are held in registers
 MAX_HEAD_DIM = 128
 MAX_RING = 2**14  # keys times rows of a decoding step: 64 registers of each thread
-MAX_REGISTERS = 255  # of a thread; unless told, ptxas may spill to make room for more threads
+# Registers of a thread, at most. Unless told, ptxas may spill to make room for more threads.
+MAX_REGISTERS = 255
+THREE_PROGRAMS, FOUR_PROGRAMS = 168, 128  # with which so many of 4 warps run beside each other
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on CPU tensors; decided when they are imported
 
 
@@ -100,40 +102,65 @@ class Launch:
         group = self.h // self.h_kv
         return min(group & -group, 16)
 
-    # Sizes of tiles, by what they compile to (see `megakrause bench kernels`): as large as registers allow. 32-bit
-    # operands take twice the registers.
+    # Sizes of tiles. On sm_90 and with 16-bit operands: what was fastest of those that `make gpu-check` timed (see
+    # bench/records/gpu.md). Elsewhere: as large as registers allow, by what they compile to (`megakrause bench
+    # kernels`). 32-bit operands take twice the registers.
+
+    @property
+    def _tuned(self) -> bool:
+        return self.capability == 90 and self.itemsize == 2 and self.dropout == 0 and self.grid is None
 
     def select_tiles(self) -> Tiles:
-        """All scores of a block of rows at once: 64 registers of each thread, if there are 4 or 8 warps."""
+        """All scores of a block of rows at once. A warp that has 16 rows to itself narrows their brackets without
+        asking others."""
         seen = self.s_k if self.window is None else self.window
         columns = min(max(16, triton.next_power_of_2(seen)), 64 if seen <= 128 else 128)
-        tiles = triton.cdiv(seen, columns)
-        held, wide = columns * tiles, self.itemsize > 2
-        rows, warps = (64, 4) if held <= 128 else (32, 4) if held <= 256 else (16, 8)
-        # Triton 3.7 fails to compile this kernel with Blackwell's tensor memory, which 64 rows use; dropout and the
-        # coordinates of a grid take registers.
-        if self.capability >= 100 or self.dropout > 0 or self.grid is not None:
-            rows = min(rows, 32)
-        if self.capability < 90 and held == 128:  # operands of products are in registers too
-            rows = min(rows, 32)
-        if wide:
-            rows, warps = 16, 4 if held <= 128 and self.padded_head_dim <= 64 and self.dropout == 0 else 8
+        if self._tuned:
+            if self.padded_head_dim > 64:
+                columns = min(columns, 64)
+            held = columns * triton.cdiv(seen, columns)
+            rows, warps = (held, 1) if held <= 32 else (64, 4) if held <= 256 else (32, 4) if held <= 512 else (16, 4)
+        else:
+            rows, warps = self._untuned_select_rows(columns * triton.cdiv(seen, columns))
         if self.window is not None:  # a block's positions lie within one tile
             rows = min(rows, columns * self.pack)
-        return Tiles(max(rows, 16, self.pack), columns, warps, 2, tiles)
+        small = self._tuned and rows == 64 and seen <= 128 and self.padded_head_dim <= 64
+        registers = THREE_PROGRAMS if small else MAX_REGISTERS
+        return Tiles(max(rows, 16, self.pack), columns, warps, 2, triton.cdiv(seen, columns), registers)
+
+    def _untuned_select_rows(self, held: int) -> tuple[int, int]:
+        """Rows and warps: 64 scores in registers of each thread, if there are 4 or 8 warps."""
+        if self.itemsize > 2:
+            return 16, 4 if held <= 128 and self.padded_head_dim <= 64 and self.dropout == 0 else 8
+        rows, warps = (64, 4) if held <= 128 else (32, 4) if held <= 256 else (16, 8)
+        # Triton 3.7 fails to compile this kernel with Blackwell's tensor memory, which 64 rows use; dropout, the
+        # coordinates of a grid and, before sm_90, the operands of products take registers.
+        fewer = self.capability >= 100 or self.dropout > 0 or self.grid is not None
+        fewer = fewer or (self.capability < 90 and held == 128)
+        return min(rows, 32) if fewer else rows, warps
 
     def attend_tiles(self) -> Tiles:
+        if self._tuned:
+            if self.padded_head_dim <= 64:
+                return Tiles(64, 64, registers=FOUR_PROGRAMS)
+            return Tiles(64, 32, stages=3, registers=THREE_PROGRAMS)
         if self.itemsize == 2:
-            return Tiles(64, 64, 4, 2) if self.dropout == 0 else Tiles(64, 32, 4, 2)
-        return Tiles(32, 32, 4, 2)
+            return Tiles(64, 64) if self.dropout == 0 else Tiles(64, 32)
+        return Tiles(32, 32)
 
     def grad_queries_tiles(self) -> Tiles:
-        return Tiles(64, 32, 4, 2) if self.itemsize == 2 else Tiles(16, 32, 4, 2)
+        if self._tuned:
+            if self.padded_head_dim <= 64:
+                return Tiles(64, 32, stages=3, registers=FOUR_PROGRAMS)
+            return Tiles(64, 64)
+        return Tiles(64, 32) if self.itemsize == 2 else Tiles(16, 32)
 
     def grad_keys_tiles(self) -> Tiles:
+        if self._tuned:
+            return Tiles(32, 64, registers=THREE_PROGRAMS if self.padded_head_dim <= 64 else MAX_REGISTERS)
         if self.itemsize == 2:
-            return Tiles(32, 64, 4, 2) if self.padded_head_dim <= 64 else Tiles(32, 32, 4, 2)
-        return Tiles(16, 16, 4, 2)
+            return Tiles(32, 64) if self.padded_head_dim <= 64 else Tiles(32, 32)
+        return Tiles(16, 16)
 
     def decode_tiles(self) -> Tiles:
         """All slots of the ring, for the query heads of one kv head."""

@@ -39,6 +39,14 @@ def block_of_rows(s, h, ROWS: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
+def inverse_variances(log_sigma, head, lane, ROWS: tl.constexpr, PACK: tl.constexpr):
+    """sigma^-2 [r] of each row's head; one number where a program has one head."""
+    if PACK == 1:
+        return tl.full([ROWS], tl.exp(-2 * tl.load(log_sigma + head).to(tl.float32)), tl.float32)
+    return tl.exp(-2 * tl.load(log_sigma + head + lane).to(tl.float32))
+
+
+@triton.jit
 def first_keys(doc_start, batch, position, s, s_k, window, KIND: tl.constexpr, DOCS: tl.constexpr):
     """The first key that the query at each position may see, on the key axis; none at positions beyond the last."""
     first = position * 0
@@ -53,7 +61,8 @@ def first_keys(doc_start, batch, position, s, s_k, window, KIND: tl.constexpr, D
 def is_seen(i, j, first, s_k, width, radius, KIND: tl.constexpr, CLS: tl.constexpr):
     """Whether the query at i, whose first key is `first`, sees the key at j. Any shapes that broadcast."""
     if KIND == WINDOW:
-        seen = (j >= first) & (j <= i)
+        # first <= j <= i in one comparison: what is negative is large as an unsigned integer.
+        seen = (j - first).to(tl.uint32, bitcast=True) < tl.maximum(i - first + 1, 0).to(tl.uint32, bitcast=True)
     else:
         down = tl.abs((i - CLS) // width - (j - CLS) // width)
         across = tl.abs((i - CLS) % width - (j - CLS) % width)
@@ -84,12 +93,15 @@ def tile_start(start, t, TILE: tl.constexpr, CLS: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, offset, mask, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """[r, D]: rows of HEAD_DIM numbers at `offset` rows [r] behind the pointer; zeros where masked."""
+    """[r, D]: rows of HEAD_DIM numbers at `offset` rows [r] behind the pointer; zeros where masked, if there is a
+    mask."""
     d = tl.arange(0, D)
-    mask = mask[:, None]
+    pointers = pointer + (offset[:, None] * HEAD_DIM + d[None, :])
     if HEAD_DIM != D:
-        mask = mask & (d < HEAD_DIM)[None, :]
-    return tl.load(pointer + (offset[:, None] * HEAD_DIM + d[None, :]), mask=mask, other=0.0)
+        mask = (d < HEAD_DIM)[None, :] if mask is None else mask[:, None] & (d < HEAD_DIM)[None, :]
+    elif mask is not None:
+        mask = mask[:, None]
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -102,10 +114,17 @@ def store_rows(pointer, offset, value, mask, HEAD_DIM: tl.constexpr, D: tl.const
 
 
 @triton.jit
+def in_sequence(start, column, s_k):
+    """`column` such that start + column is a key's position: what would lie beyond an end is the key there again. It is
+    cheaper than masked loads; `is_seen` hides it."""
+    return tl.minimum(tl.maximum(column, -start), s_k - 1 - start)
+
+
+@triton.jit
 def load_keys(pointer, start, column, s_k, h_kv, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """[c, D]: keys or values at start + column of one sequence and kv head; zeros where there are none."""
-    exists = (start + column >= 0) & (start + column < s_k)
-    return load_rows(pointer + start.to(tl.int64) * (h_kv * HEAD_DIM), column * h_kv, exists, HEAD_DIM, D)
+    """[c, D]: keys or values at start + column of one sequence and kv head."""
+    offset = in_sequence(start, column, s_k) * h_kv
+    return load_rows(pointer + start.to(tl.int64) * (h_kv * HEAD_DIM), offset, None, HEAD_DIM, D)
 
 
 @triton.jit
@@ -122,8 +141,7 @@ def score_tile(
     """z [r, c] of the rows q [r, D] and the keys at start + column, unmasked."""
     z = multiply(q, tl.trans(load_keys(k, start, column, s_k, h_kv, HEAD_DIM, D)))
     if BIAS:
-        j = start + column
-        z -= tl.load(half_squares + j, mask=(j >= 0) & (j < s_k), other=0.0)[None, :]
+        z -= tl.load(half_squares + (start + in_sequence(start, column, s_k)))[None, :]
     return z
 
 
