@@ -98,6 +98,7 @@ def select_and_attend(
     column = tl.arange(0, COLUMNS)
     newest = start + ROWS // PACK + (s_k - s) - COLUMNS if KIND == WINDOW else start * 0  # where tile 0 starts
     STEP: tl.constexpr = -COLUMNS if KIND == WINDOW else COLUMNS  # from a tile to the next
+    old = newest + TILES * STEP
     # A column of tile 0 that lies ahead of a row's own position, both counted from the block's start.
     ahead = (column - (COLUMNS - ROWS // PACK))[None, :] > slot[:, None]
     whole = False  # all rows see all keys of the tiles
@@ -113,7 +114,6 @@ def select_and_attend(
         if KIND == WINDOW:
             j = begin + column[None, :]
             if t == 0:
-                old = newest + TILES * STEP
                 z = tl.where(ahead, score_tile(rows, k, half_squares, old, column, s_k, h_kv, HEAD_DIM, D, BIAS), z)
                 j = tl.where(ahead, old, newest) + column[None, :]
             if not whole:
@@ -132,27 +132,25 @@ def select_and_attend(
     scale = inverse_variances(log_sigma, head, lane, ROWS, PACK) * LOG2_E
     base = tl.where(num_seen > 0, highest, 0.0) * scale
     total = tl.zeros([ROWS], tl.float32)
-    weights = ()
-    for t in tl.static_range(TILES):
+    result = tl.zeros([ROWS, D], tl.float32)
+    for t in tl.static_range(TILES - 1, -1, -1):  # tile 0, which is two, last: the others' registers are free by then
         # So written, a score that is not a number is kept, and seen in the result.
         p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2(tiles[t] * scale[:, None] - base[:, None]))
         total += tl.sum(p, 1)
+        begin = newest + t * STEP
         if DROPOUT:
-            j = newest + t * STEP + column[None, :]
+            j = begin + column[None, :]
             if KIND == WINDOW and t == 0:
-                j = tl.where(ahead, newest + TILES * STEP, newest) + column[None, :]
+                j = tl.where(ahead, old, newest) + column[None, :]
             p *= dropout_factor(
                 seed, dropout_threshold, dropout_scale, (batch * h + head + lane)[:, None], i[:, None], j
             )
         if KIND == WINDOW and t == 0:
-            old_weights = tl.where(ahead, p, 0.0).to(v.dtype.element_ty)
+            values = load_keys(v, old, column, s_k, h_kv, HEAD_DIM, D)
+            result += multiply(tl.where(ahead, p, 0.0).to(values.dtype), values)
             p = tl.where(ahead, 0.0, p)
-        weights = weights + (p.to(v.dtype.element_ty),)
-    result = tl.zeros([ROWS, D], tl.float32)
-    for t in tl.static_range(TILES):
-        result += multiply(weights[t], load_keys(v, newest + t * STEP, column, s_k, h_kv, HEAD_DIM, D))
-    if KIND == WINDOW:
-        result += multiply(old_weights, load_keys(v, newest + TILES * STEP, column, s_k, h_kv, HEAD_DIM, D))
+        values = load_keys(v, begin, column, s_k, h_kv, HEAD_DIM, D)
+        result += multiply(p.to(values.dtype), values)
 
     # A row that keeps nothing: 0 here, and in the backward pass exp2(z - inf) = 0.
     result = result / tl.where(total > 0, total, 1.0)[:, None]

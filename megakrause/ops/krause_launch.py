@@ -141,9 +141,8 @@ class Launch:
 
     def attend_tiles(self) -> Tiles:
         if self._tuned:
-            if self.padded_head_dim <= 64:
-                return Tiles(64, 64, registers=FOUR_PROGRAMS)
-            return Tiles(64, 32, stages=3, registers=THREE_PROGRAMS)
+            registers = FOUR_PROGRAMS if self.padded_head_dim <= 64 else THREE_PROGRAMS
+            return Tiles(64, 32, stages=3, registers=registers)
         if self.itemsize == 2:
             return Tiles(64, 64) if self.dropout == 0 else Tiles(64, 32)
         return Tiles(32, 32)
