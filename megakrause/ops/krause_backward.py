@@ -175,16 +175,17 @@ def grad_keys(
             z -= bias[:, None]
         kept = is_seen(i[None, :], j[:, None], first[None, :], s_k, width, radius, KIND, CLS) & (z >= bound[None, :])
         p = tl.where(kept, tl.exp2(z * (inverse_variance * LOG2_E)[None, :] - row_lse[None, :]), 0.0)
-        dp = multiply(values, tl.trans(row_grad))
         if DROPOUT:
             factor = dropout_factor(
                 seed, dropout_threshold, dropout_scale, (batch * h + head + lane)[None, :], i[None, :], j[:, None]
             )
-            dp *= factor
             dv_sum += multiply((p * factor).to(row_grad.dtype), row_grad)
+            ds = p * (multiply(values, tl.trans(row_grad)) * factor - row_delta[None, :])
         else:
             dv_sum += multiply(p.to(row_grad.dtype), row_grad)
-        ds = p * (dp - row_delta[None, :]) * inverse_variance[None, :]
+            less = tl.broadcast_to(-row_delta[None, :], [COLUMNS, ROWS])
+            ds = p * multiply(values, tl.trans(row_grad), less)
+        ds *= inverse_variance[None, :]
         dk_sum += multiply(ds.to(rows.dtype), rows)
         if BIAS:
             ds_sum += tl.sum(ds, 1)

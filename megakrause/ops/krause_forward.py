@@ -132,32 +132,35 @@ def select_and_attend(
     scale = inverse_variances(log_sigma, head, lane, ROWS, PACK) * LOG2_E
     base = tl.where(num_seen > 0, highest, 0.0) * scale
     total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, D], tl.float32)
-    for t in tl.static_range(TILES - 1, -1, -1):  # tile 0, which is two, last: the others' registers are free by then
+    weights = ()
+    for t in tl.static_range(TILES):
         # So written, a score that is not a number is kept, and seen in the result.
         p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2(tiles[t] * scale[:, None] - base[:, None]))
         total += tl.sum(p, 1)
-        begin = newest + t * STEP
         if DROPOUT:
-            j = begin + column[None, :]
+            j = newest + t * STEP + column[None, :]
             if KIND == WINDOW and t == 0:
                 j = tl.where(ahead, old, newest) + column[None, :]
             p *= dropout_factor(
                 seed, dropout_threshold, dropout_scale, (batch * h + head + lane)[:, None], i[:, None], j
             )
         if KIND == WINDOW and t == 0:
-            values = load_keys(v, old, column, s_k, h_kv, HEAD_DIM, D)
-            result += multiply(tl.where(ahead, p, 0.0).to(values.dtype), values)
+            old_weights = tl.where(ahead, p, 0.0).to(v.dtype.element_ty)
             p = tl.where(ahead, 0.0, p)
-        values = load_keys(v, begin, column, s_k, h_kv, HEAD_DIM, D)
-        result += multiply(p.to(values.dtype), values)
-
-    # A row that keeps nothing: 0 here, and in the backward pass exp2(z - inf) = 0.
-    result = result / tl.where(total > 0, total, 1.0)[:, None]
-    store_rows(out + corner * HEAD_DIM, offset, result, exists, HEAD_DIM, D)
+        weights = weights + (p.to(v.dtype.element_ty),)
+    # A row that keeps nothing: 0 here, and in the backward pass exp2(z - inf) = 0. Stored before values are loaded, or
+    # the compiler would hold all weights until the end, in float32, for their sum.
     log_total = tl.where(total > 0, base + tl.log2(total), float("inf"))
     tl.store(lse + corner + offset, log_total, mask=exists)
     tl.store(separator + corner + offset, between, mask=exists)
+    inverse_total = 1 / tl.where(total > 0, total, 1.0)
+
+    result = tl.zeros([ROWS, D], tl.float32)
+    if KIND == WINDOW:
+        result += multiply(old_weights, load_keys(v, old, column, s_k, h_kv, HEAD_DIM, D))
+    for t in tl.static_range(TILES):
+        result += multiply(weights[t], load_keys(v, newest + t * STEP, column, s_k, h_kv, HEAD_DIM, D))
+    store_rows(out + corner * HEAD_DIM, offset, result * inverse_total[:, None], exists, HEAD_DIM, D)
 
 
 @triton.jit(do_not_specialize=INTEGERS)

@@ -124,14 +124,14 @@ class Launch:
             rows, warps = self._untuned_select_rows(columns * triton.cdiv(seen, columns))
         if self.window is not None:  # a block's positions lie within one tile
             rows = min(rows, columns * self.pack)
-        small = self._tuned and rows == 64 and seen <= 128 and self.padded_head_dim <= 64
+        small = self._tuned and rows == 64 and seen <= 128 and self.padded_head_dim == 64
         registers = THREE_PROGRAMS if small else MAX_REGISTERS
         return Tiles(max(rows, 16, self.pack), columns, warps, 2, triton.cdiv(seen, columns), registers)
 
     def _untuned_select_rows(self, held: int) -> tuple[int, int]:
         """Rows and warps: 64 scores in registers of each thread, if there are 4 or 8 warps."""
         if self.itemsize > 2:
-            return 16, 4 if held <= 128 and self.padded_head_dim <= 64 and self.dropout == 0 else 8
+            return 16, 4 if held <= 128 and self.padded_head_dim < 64 and self.dropout == 0 else 8
         rows, warps = (64, 4) if held <= 128 else (32, 4) if held <= 256 else (16, 8)
         # Triton 3.7 fails to compile this kernel with Blackwell's tensor memory, which 64 rows use; dropout, the
         # coordinates of a grid and, before sm_90, the operands of products take registers.
@@ -156,7 +156,9 @@ class Launch:
 
     def grad_keys_tiles(self) -> Tiles:
         if self._tuned:
-            return Tiles(32, 64, registers=THREE_PROGRAMS if self.padded_head_dim <= 64 else MAX_REGISTERS)
+            if self.padded_head_dim > 64:
+                return Tiles(32, 64)
+            return Tiles(16 if self.docs else 32, 64, registers=THREE_PROGRAMS)
         if self.itemsize == 2:
             return Tiles(32, 64) if self.padded_head_dim <= 64 else Tiles(32, 32)
         return Tiles(16, 16)

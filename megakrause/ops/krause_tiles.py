@@ -60,8 +60,7 @@ def first_keys(doc_start, batch, position, s, s_k, window, KIND: tl.constexpr, D
 @triton.jit
 def is_seen(i, j, first, s_k, width, radius, KIND: tl.constexpr, CLS: tl.constexpr):
     """Whether the query at i, whose first key is `first`, sees the key at j. Any shapes that broadcast."""
-    if KIND == WINDOW:
-        # first <= j <= i in one comparison: what is negative is large as an unsigned integer.
+    if KIND == WINDOW:  # first <= j <= i in one comparison: what is negative is large as an unsigned integer
         seen = (j - first).to(tl.uint32, bitcast=True) < tl.maximum(i - first + 1, 0).to(tl.uint32, bitcast=True)
     else:
         down = tl.abs((i - CLS) // width - (j - CLS) // width)
@@ -128,10 +127,10 @@ def load_keys(pointer, start, column, s_k, h_kv, HEAD_DIM: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def multiply(a, b):
-    """a @ b, summed in float32. float32 operands are multiplied as three TF32 products, good to some 2^-21: the "ieee"
-    products of Triton are scalar, and compile to thousands of spills."""
-    return tl.dot(a, b, input_precision="tf32x3")
+def multiply(a, b, plus=None):
+    """a @ b, or a @ b + plus, summed in float32. float32 operands are multiplied as three TF32 products, good to some
+    2^-21: the "ieee" products of Triton are scalar, and compile to thousands of spills."""
+    return tl.dot(a, b, plus, input_precision="tf32x3")
 
 
 @triton.jit
@@ -139,9 +138,12 @@ def score_tile(
     q, k, half_squares, start, column, s_k, h_kv, HEAD_DIM: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr
 ):
     """z [r, c] of the rows q [r, D] and the keys at start + column, unmasked."""
-    z = multiply(q, tl.trans(load_keys(k, start, column, s_k, h_kv, HEAD_DIM, D)))
+    keys = tl.trans(load_keys(k, start, column, s_k, h_kv, HEAD_DIM, D))
     if BIAS:
-        z -= tl.load(half_squares + (start + in_sequence(start, column, s_k)))[None, :]
+        bias = tl.load(half_squares + (start + in_sequence(start, column, s_k)))[None, :]
+        z = multiply(q, keys, tl.broadcast_to(-bias, [q.shape[0], column.shape[0]]))
+    else:
+        z = multiply(q, keys)
     return z
 
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -130,7 +131,13 @@ class Launcher:
         command = [*prefix, str(ROOT / "launch" / script), *map(str, arguments)]
         with open(job.log, "wb") as log:
             job.script = subprocess.Popen(
-                command, env=os.environ | variables, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env=os.environ | variables,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Tests that run in the background of a shell hand down that SIGINT is ignored, for good.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
         self.jobs.append(job)
         return job
