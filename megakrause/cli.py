@@ -53,7 +53,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         from megakrause.parallel.mesh import Mesh
         from megakrause.training.loop import train
 
-        train(config, Mesh.start(config.parallel))
+        mesh = Mesh.start(config.parallel)
+        train(config, mesh)
+        mesh.close()
 
     parser = _command(
         commands,
