@@ -53,9 +53,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         from megakrause.parallel.mesh import Mesh
         from megakrause.training.loop import train
 
-        mesh = Mesh.start(config.parallel)
-        train(config, mesh)
-        mesh.close()
+        train(config, Mesh.start(config.parallel))
 
     parser = _command(
         commands,

@@ -91,15 +91,17 @@ def main() -> int:
                 printed, _ = process.communicate(timeout=arguments.limit)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                printed = process.communicate()[0] + f"\nfailed: not done in {arguments.limit} s"
+                printed = process.communicate()[0] + f"\n{name}: failed: not done in {arguments.limit} s"
             print(printed[-8000:], flush=True)
-            return printed.splitlines()[-1].removeprefix(f"{name}: ")
+            ends = [line for line in printed.splitlines() if line.startswith(f"{name}: ")]
+            return ends[-1].removeprefix(f"{name}: ") if ends else f"failed: exit {process.returncode}"
 
         with ThreadPoolExecutor(len(untimed)) as pool:
             results |= zip(untimed, pool.map(alone, untimed), strict=True)
     for name in (name for name in PARTS if name in arguments.only and name not in results):
         results[name] = run_part(name, arguments)
-    (arguments.output / "summary.json").write_text(json.dumps(results, indent=1))
+    if len(results) > 1:
+        (arguments.output / "summary.json").write_text(json.dumps(results, indent=1))
     print("\n" + "\n".join(f"{name}: {result}" for name, result in results.items()))
     return int(not all(result.startswith("ok") for result in results.values()))
 
@@ -302,7 +304,8 @@ def choices_of_tiles() -> list[Choice]:
 def launcher(choice: Choice, length: int, batch: int) -> Callable[[], None]:
     """Runs one kernel, with these tiles or those in use."""
     kernel, d, window, docs, tiles = choice
-    setting = Setting(window, window // 2, batch=batch, heads=16, head_dim=d, dtype="bfloat16")
+    heads, dtype = (16, "bfloat16") if torch.cuda.is_available() else (2, "float32")
+    setting = Setting(window, window // 2, batch=batch, heads=heads, head_dim=d, dtype=dtype)
     q, k, v, log_sigma = make_inputs(setting, length, exact=False)
     position = torch.arange(length, dtype=torch.int32, device=q.device)
     doc_start = (position - position % 700).expand(batch, length).contiguous() if docs else None
@@ -327,18 +330,19 @@ def launcher(choice: Choice, length: int, batch: int) -> Callable[[], None]:
 
 def _compile(choice: Choice) -> str:
     try:
-        launcher(choice, length=512, batch=1)()
-        torch.cuda.synchronize()
+        launcher(choice, length=4 * choice.window, batch=1)()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return ""
     except Exception as error:  # too much shared memory, or a failure of the compiler: no choice
         return f"{choice}: {type(error).__name__} {str(error)[:80]}"
 
 
-def best_of(choices: list[Choice]) -> dict[str, Any]:
+def best_of(choices: list[Choice], length: int = 8192, batch: int = 4) -> dict[str, Any]:
     """Milliseconds of one kernel with each choice of its tiles, taking turns; the ones in use come first."""
     first = choices[0]
     possible = [first._replace(tiles=None), *(choice for choice in choices if not _compile(choice))]
-    runs = {str(tuple(x.tiles or ["in use"])): launcher(x, length=8192, batch=4) for x in possible}
+    runs = {str(tuple(x.tiles or ["in use"])): launcher(x, length, batch) for x in possible}
     seconds = take_turns(runs, rounds=5, replayed=True)
     ms = {name: round(statistics.median(times) * 1e3, 4) for name, times in seconds.items()}
     settings = {"kernel": first.kernel, "d": first.d, "W": first.window, "documents": first.docs}

@@ -204,7 +204,7 @@ def compile_all(cases: list[Case], capabilities: list[int]) -> list[dict[str, An
 def _row(case: Case, launch: Compilation, capability: int) -> dict[str, Any]:
     sizes = [str(launch.constants[name]) for name in ("ROWS", "COLUMNS", "TILES") if name in launch.constants]
     row = {"kernel": launch.kernel.__name__.removesuffix("_kernel"), "sm": capability, "case": str(case)}
-    row |= {"rows x columns x tiles": " x ".join(sizes) or "-", "warps": launch.warps}
+    row |= {"rows x columns x tiles": " x ".join(sizes) or "-", "warps": launch.warps, "limit": launch.registers}
     try:
         return row | launch.compile(capability)
     except RuntimeError as error:
@@ -216,9 +216,9 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     spilling = [row for row in rows if row["spills"]]
     lines = ["# What the kernels use", "", f"`megakrause bench kernels --all --markdown FILE`: {title}.", ""]
     lines += [
-        "A thread has at most 255 registers. The scores of a block take 64 of them. What spills holds scores beside a",
-        "result of 128 numbers a row, or the scores of more than 512 keys, or float32 operands of products, each split",
-        "into two TF32 numbers in registers.",
+        "A thread has at most 255 registers, or the limit in the table, so that more programs run at once. What spills",
+        "holds scores beside a result of 128 numbers a row, or 128 scores in each thread, or float32 operands of",
+        "products, each split into two TF32 numbers in registers.",
         "",
         f"{len(spilling)} of {len(rows)} spill:",
         "",

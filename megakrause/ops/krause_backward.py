@@ -84,7 +84,7 @@ def grad_queries(
     tl.store(delta + corner + offset, row_delta, mask=exists)
     inverse_variance = inverse_variances(log_sigma, head, lane, ROWS, PACK)
     row_lse = tl.load(lse + corner + offset, mask=exists, other=0.0)
-    row_lse = tl.where(row_lse < float("inf"), row_lse, 0.0)  # a row that keeps nothing: 0 times finite numbers below
+    row_lse = tl.where(row_lse < float("inf"), row_lse, 0.0)  # a row that keeps nothing: not 0 * inf below
     bound = tl.load(separator + corner + offset, mask=exists, other=0.0)
 
     column = tl.arange(0, COLUMNS)

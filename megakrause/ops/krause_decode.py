@@ -215,7 +215,9 @@ def decode_kernel(
         p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]))
         total += tl.sum(p, 1)
         values = load_keys(ring_v, i * 0 + t * COLUMNS, column, window, h_kv, HEAD_DIM, D)
-        values = tl.where((t * COLUMNS + column == slot)[:, None], new_v[None, :], values)
+        # What lies beyond the ring is its last slot again.
+        at = tl.minimum(t * COLUMNS + column, window - 1)
+        values = tl.where((at == slot)[:, None], new_v[None, :], values)
         result += multiply(p.to(values.dtype), values)
     store_rows(out + corner * HEAD_DIM, row, result / total[:, None], row < group, HEAD_DIM, D)
 

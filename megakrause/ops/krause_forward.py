@@ -129,13 +129,13 @@ def select_and_attend(
     else:
         num_seen = count_not_below(tiles, tl.full([ROWS], -3.0e38, tl.float32), TILES).to(tl.int32)
     cut, between, highest = select(tiles, whole, num_seen, top_k, TILES)
+    highest = tl.where(num_seen > 0, highest, 0.0)
     scale = inverse_variances(log_sigma, head, lane, ROWS, PACK) * LOG2_E
-    base = tl.where(num_seen > 0, highest, 0.0) * scale
     total = tl.zeros([ROWS], tl.float32)
     weights = ()
     for t in tl.static_range(TILES):
         # So written, a score that is not a number is kept, and seen in the result.
-        p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2(tiles[t] * scale[:, None] - base[:, None]))
+        p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]))
         total += tl.sum(p, 1)
         if DROPOUT:
             j = newest + t * STEP + column[None, :]
@@ -148,9 +148,9 @@ def select_and_attend(
             old_weights = tl.where(ahead, p, 0.0).to(v.dtype.element_ty)
             p = tl.where(ahead, 0.0, p)
         weights = weights + (p.to(v.dtype.element_ty),)
-    # A row that keeps nothing: 0 here, and in the backward pass exp2(z - inf) = 0. Stored before values are loaded, or
-    # the compiler would hold all weights until the end, in float32, for their sum.
-    log_total = tl.where(total > 0, base + tl.log2(total), float("inf"))
+    # Infinite for a row that keeps nothing. Stored before values are loaded, or the compiler would hold all weights
+    # until the end, in float32, for their sum.
+    log_total = tl.where(total > 0, highest * scale + tl.log2(total), float("inf"))
     tl.store(lse + corner + offset, log_total, mask=exists)
     tl.store(separator + corner + offset, between, mask=exists)
     inverse_total = 1 / tl.where(total > 0, total, 1.0)
@@ -201,9 +201,9 @@ def attend(
         seen = is_seen(i[:, None], j[None, :], first[:, None], s_k, width, radius, KIND, CLS)
         z = tl.where(seen, z, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(z, 1))
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest) * scale
-        p = tl.exp2(z * scale[:, None] - base[:, None])
-        shrink = tl.exp2(highest * scale - base)
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        p = tl.exp2((z - base[:, None]) * scale[:, None])
+        shrink = tl.exp2((highest - base) * scale)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p *= dropout_factor(

@@ -102,9 +102,9 @@ class Launch:
         group = self.h // self.h_kv
         return min(group & -group, 16)
 
-    # Sizes of tiles. On sm_90 and with 16-bit operands: what was fastest of those that `make gpu-check` timed (see
-    # bench/records/gpu.md). Elsewhere: as large as registers allow, by what they compile to (`megakrause bench
-    # kernels`). 32-bit operands take twice the registers.
+    # Sizes of tiles. On sm_90 and with 16-bit operands: what was fastest of those that `make gpu-check` timed, and what
+    # is like it (bench/records/gpu.md says which). Elsewhere: as large as registers allow, by what they compile to
+    # (`megakrause bench kernels`). 32-bit operands take twice the registers.
 
     @property
     def _tuned(self) -> bool:
@@ -129,7 +129,7 @@ class Launch:
         return Tiles(max(rows, 16, self.pack), columns, warps, 2, triton.cdiv(seen, columns), registers)
 
     def _untuned_select_rows(self, held: int) -> tuple[int, int]:
-        """Rows and warps: 64 scores in registers of each thread, if there are 4 or 8 warps."""
+        """Rows and warps: at most 64 scores in registers of each thread."""
         if self.itemsize > 2:
             return 16, 4 if held <= 128 and self.padded_head_dim < 64 and self.dropout == 0 else 8
         rows, warps = (64, 4) if held <= 128 else (32, 4) if held <= 256 else (16, 8)

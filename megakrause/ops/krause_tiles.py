@@ -115,7 +115,7 @@ def store_rows(pointer, offset, value, mask, HEAD_DIM: tl.constexpr, D: tl.const
 @triton.jit
 def in_sequence(start, column, s_k):
     """`column` such that start + column is a key's position: what would lie beyond an end is the key there again. It is
-    cheaper than masked loads; `is_seen` hides it."""
+    cheaper than masked loads; what masks the scores hides it."""
     return tl.minimum(tl.maximum(column, -start), s_k - 1 - start)
 
 
@@ -207,7 +207,7 @@ def select(tiles, whole, num_seen, top_k, TILES: tl.constexpr):
     walk down from high, value by value. On normally distributed rows the slowest of 64 takes 6 passes; the first few
     are not worth asking all warps whether they are done."""
     FIRST_PASSES: tl.constexpr = 4
-    MAX_PASSES: tl.constexpr = 16
+    MAX_PASSES: tl.constexpr = 16  # after the first
     n = num_seen.to(tl.float32)
     k = top_k.to(tl.float32)
     total, squares = n * 0, n * 0
@@ -226,6 +226,7 @@ def select(tiles, whole, num_seen, top_k, TILES: tl.constexpr):
             squares += tl.sum(z * z, 1)
             low = tl.minimum(low, tl.min(tl.where(seen, tiles[t], float("inf")), 1))
             highest = tl.maximum(highest, tl.max(tiles[t], 1))
+    low = tl.maximum(low, -3.0e38)  # a seen score may be -inf, that of a key which is infinitely far
     high = highest + tl.maximum(tl.abs(low), tl.abs(highest)) * 2.0**-21 + 2.0**-100  # now none is >= high
     num_low, num_high = n, n * 0
 

@@ -169,10 +169,6 @@ class Mesh:
                 )
         return Mesh.of(shape, device, timeout)
 
-    def close(self) -> None:
-        """Leaves the process groups, which NCCL wants before a process ends. Nothing can be sent from then on."""
-        dist.destroy_process_group()
-
     @staticmethod
     def of(shape: tuple[int, int, int, int], device: torch.device, timeout: timedelta | None = None) -> Mesh:
         """The mesh of all processes of the default group, of shape (pp, dp, cp, tp). Collective. timeout: of its own

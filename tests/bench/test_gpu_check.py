@@ -31,12 +31,23 @@ def test_targets_stand_beside_what_was_measured() -> None:
     assert measured["speed-up over published", "forward", 1024] == (None, "-")
 
 
-def test_tiles_are_tried_and_the_ones_in_use_come_back() -> None:
-    before = gpu_check.Launch.grad_keys_tiles
-    choices = gpu_check.tilings(16, 16)["grad_keys_tiles"][:2]
-    result = gpu_check.best_of("grad_keys_tiles", choices, d=16, window=16, length=48, batch=1)
-    assert set(result["ms"]) == {"in use", *(str(tuple(tiles)) for tiles in choices)}
-    assert gpu_check.Launch.grad_keys_tiles is before
+def test_tiles_are_timed_beside_the_ones_in_use() -> None:
+    for kernel in ("select", "attend", "grad_queries", "grad_keys"):
+        tiles = [
+            gpu_check.Tiles(16, 16, tiles=1 if kernel == "select" else None),
+            gpu_check.Tiles(7, 16),
+        ]  # 7: no power
+        choices = [gpu_check.Choice(kernel, 16, 16, True, x) for x in tiles]
+        result = gpu_check.best_of(choices, length=48, batch=1)
+        assert list(result["ms"]) == [str(("in use",)), str(tuple(tiles[0]))]
+
+
+def test_tiles_that_are_tried_hold_a_window() -> None:
+    choices = gpu_check.choices_of_tiles()
+    assert len(choices) == len(set(choices))
+    for kernel, _, window, _, tiles in choices:
+        if kernel == "select":
+            assert tiles.rows <= tiles.columns and tiles.columns * tiles.tiles >= window
 
 
 def test_every_part_has_its_files() -> None:

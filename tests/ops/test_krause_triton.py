@@ -344,6 +344,21 @@ def test_layout_in_memory_does_not_matter() -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("window", [16, 20])
+def test_a_key_that_is_infinitely_far_changes_nothing_else(window: int) -> None:
+    """Its z is -inf, in windows that fill their tiles and in others."""
+    q, k, v, log_sigma = inputs(b=1, s=60, heads=2, kv_heads=2, d=16)
+    results = {}
+    for far, dtype, backend in ((1e20, torch.float32, "triton"), (1e9, torch.float64, "reference")):
+        keys = k.clone()
+        keys[0, 33, 0, 0] = far
+        device = DEVICE if backend == "triton" else "cpu"
+        leaves = [x.to(device, dtype) for x in (q, keys, v, log_sigma)]
+        results[backend] = krause_attention(*leaves, window=window, top_k=7, backend=backend).cpu().double()
+    seeing = torch.arange(60) != 33  # which itself is infinitely far from all
+    torch.testing.assert_close(results["triton"][:, seeing], results["reference"][:, seeing], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_keys_and_queries_that_are_not_finite_reach_no_row_but_those_that_see_them(value: float) -> None:
     tensors = [t.to(DEVICE, torch.float32) for t in inputs(b=2, s=90, heads=2, kv_heads=2, d=16)]
