@@ -49,7 +49,10 @@ def operator_arguments(case: str, backend: str) -> tuple[Any, ...]:
     return *tensors(backend), seen, *settings, backend, True
 
 
-@pytest.mark.parametrize("case, backend", BOTH)
+@pytest.mark.parametrize(
+    "case, backend",
+    [pytest.param(*x, marks=[pytest.mark.slow] if x[1] == "triton" and x[0] != "selection" else []) for x in BOTH],
+)
 def test_the_operators_keep_torch_librarys_rules(case: str, backend: str) -> None:
     arguments = operator_arguments(case, backend)
     torch.library.opcheck(krause_attention_operator, arguments)
