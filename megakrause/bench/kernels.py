@@ -191,24 +191,33 @@ def compile_all(cases: list[Case], capabilities: list[int]) -> list[dict[str, An
     """One row for every kernel that differs."""
     if INTERPRETED:
         raise UserError("TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
-    work: dict[str, tuple[Case, Compilation, int]] = {}
+    rows = []
+    for case, launch, capability in tqdm(different(cases, capabilities), "compiling", unit="kernel", leave=False):
+        row = describe(case, launch, capability)
+        try:
+            row |= launch.compile(capability)
+        except RuntimeError as error:
+            row |= dict.fromkeys(("registers", "stack", "spills", "shared")) | {"product": str(error)[:60]}
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["kernel"], row["sm"]))
+
+
+def different(cases: list[Case], capabilities: list[int]) -> list[tuple[Case, Compilation, int]]:
+    """What the cases launch, each kernel that differs once."""
+    found: dict[str, tuple[Case, Compilation, int]] = {}
     for case, capability in product(cases, capabilities):
         for launch in case.launches(capability):
             kernel, *source = launch.source
             name = f"{kernel.__name__} {source} {launch.warps} {launch.stages} {launch.registers} {capability}"
-            work.setdefault(name, (case, launch, capability))
-    rows = [_row(*item) for item in tqdm(work.values(), "compiling", unit="kernel", leave=False)]
-    return sorted(rows, key=lambda row: (row["kernel"], row["sm"]))
+            found.setdefault(name, (case, launch, capability))
+    return list(found.values())
 
 
-def _row(case: Case, launch: Compilation, capability: int) -> dict[str, Any]:
+def describe(case: Case, launch: Compilation, capability: int) -> dict[str, Any]:
+    """What is known of a kernel before it is compiled."""
     sizes = [str(launch.constants[name]) for name in ("ROWS", "COLUMNS", "TILES") if name in launch.constants]
     row = {"kernel": launch.kernel.__name__.removesuffix("_kernel"), "sm": capability, "case": str(case)}
-    row |= {"rows x columns x tiles": " x ".join(sizes) or "-", "warps": launch.warps, "limit": launch.registers}
-    try:
-        return row | launch.compile(capability)
-    except RuntimeError as error:
-        return row | dict.fromkeys(("registers", "stack", "spills", "shared")) | {"product": str(error)[:60]}
+    return row | {"rows x columns x tiles": " x ".join(sizes) or "-", "warps": launch.warps, "limit": launch.registers}
 
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:

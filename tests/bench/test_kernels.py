@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from megakrause.bench import kernels
 from megakrause.bench.kernels import compile_all
 from megakrause.errors import UserError
+
+RECORD = Path(kernels.__file__).parent / "records/kernels.md"
 
 
 def compile_kernels(folder: Path, *options: str) -> list[dict[str, Any]]:
@@ -66,6 +69,21 @@ def test_every_configuration(tmp_path: Path) -> None:
     rows = compile_kernels(tmp_path, "--all", "--markdown", str(table))
     assert_no_spills(rows)
     assert sum(line.startswith("| select_and_attend") for line in table.read_text().splitlines()) > 100
+
+
+def test_the_record_is_of_what_is_launched_now() -> None:
+    script = """
+import json
+from megakrause.bench.kernels import SHIPPED, describe, different
+print(json.dumps([describe(*item) for item in different(SHIPPED, [80, 90, 100])]))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launched = [tuple(map(str, row.values())) for row in json.loads(done.stdout)]
+    lines = RECORD.read_text().split("All:")[1].splitlines()
+    recorded = [tuple(line.strip("| ").split(" | "))[:6] for line in lines if line.startswith("| ")]
+    assert sorted(recorded[1:]) == sorted(launched), "write it anew: megakrause bench kernels --all --markdown"
 
 
 def test_interpreted_kernels_are_not_compiled() -> None:

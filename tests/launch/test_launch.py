@@ -96,11 +96,16 @@ class Job:
                 found.append((process, command, environment))
         return found
 
-    def signal_one(self, is_victim: Victim, number: int) -> None:
-        """A signal to the one process that is meant."""
-        victims = [p for p, command, environment in self.processes() if is_victim(command, environment)]
-        assert len(victims) == 1, self.printed
-        victims[0].send_signal(number)
+    def find(self, is_meant: Victim) -> psutil.Process:
+        """The one process that is meant, once it is there. Looking takes a while: it is done before it matters."""
+        found: list[psutil.Process] = []
+
+        def is_there() -> bool:
+            found[:] = [p for p, command, environment in self.processes() if is_meant(command, environment)]
+            return len(found) == 1
+
+        self.wait_until(is_there)
+        return found[0]
 
     def kill(self) -> None:
         while alive := self.processes():
@@ -281,8 +286,9 @@ def test_killed_process_is_replaced(
 ) -> None:
     output = tmp_path / "run"
     job = launch(script, config, f"train.steps={STEPS}", *EVERY)
+    victim = job.find(is_victim)
     job.wait_for(output / "checkpoints" / "step-20")
-    job.signal_one(is_victim, signal.SIGKILL)
+    victim.kill()
     printed = job.finish()
     assert printed.count("start 1 of 10") == 1 and "resuming from" in printed
     assert_same_run(output, two)
@@ -292,9 +298,10 @@ def test_killed_process_is_replaced(
 def test_what_outlives_its_launcher_is_ended(launch: Launcher, config: Path, tmp_path: Path, two: Path) -> None:
     """Nobody could go on while the first rank has the output folder."""
     job = launch("torchrun.sh", config, f"train.steps={STEPS}", *EVERY, GRACE_SECONDS=3)
+    rank, launcher = job.find(is_first_rank), job.find(is_launcher)
     job.wait_for(tmp_path / "run" / "checkpoints" / "step-20")
-    job.signal_one(is_first_rank, signal.SIGSTOP)  # it cannot end itself
-    job.signal_one(is_launcher, signal.SIGKILL)
+    rank.suspend()  # it cannot end itself
+    launcher.kill()
     printed = job.finish()
     assert printed.count("start 1 of 10") == 1 and "resuming from" in printed
     assert job.processes() == []
@@ -305,9 +312,10 @@ def lose_a_rank(job: Job, metrics: Path, start: int) -> None:
     """SIGKILL to a rank of the given start from step 0, after its first step."""
     job.wait_until(lambda: job.printed.count("steps 1 to") == start)
     begun = time.time()
+    rank = job.find(is_rank)
     # Until it is written anew, the file has the rows of the start before.
     job.wait_until(lambda: metrics.exists() and metrics.stat().st_mtime > begun and '"loss"' in metrics.read_text())
-    job.signal_one(is_rank, signal.SIGKILL)
+    rank.kill()
 
 
 @pytest.mark.slow
