@@ -111,9 +111,7 @@ class Compilation:
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    warps: int
-    stages: int
-    registers: int
+    tiles: Tiles
 
     @property
     def source(self) -> tuple[Any, ...]:
@@ -140,7 +138,8 @@ class Compilation:
     def compile(self, capability: int) -> dict[str, Any]:
         """Registers a thread, stack bytes, spill instructions, shared memory in bytes and the matrix instruction, for
         sm_`capability`. No GPU is needed. Raises RuntimeError where Triton fails."""
-        options = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        tiles = self.tiles
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
         with silence():  # a failing pass prints the whole program
             compiled = triton.compile(
                 ASTSource(*self.source), target=GPUTarget("cuda", capability, 32), options=options
@@ -169,8 +168,7 @@ class Recorder(Launch):
     def run(
         self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], tiles: Tiles
     ) -> None:
-        settings = tiles.warps, tiles.stages, tiles.registers
-        self.recorded.append(Compilation(kernel, arguments, constants, *settings))
+        self.recorded.append(Compilation(kernel, arguments, constants, tiles))
 
 
 def run(capabilities: list[int], every: bool, json_path: Path | None, markdown_path: Path | None) -> None:
@@ -208,7 +206,7 @@ def different(cases: list[Case], capabilities: list[int]) -> list[tuple[Case, Co
     for case, capability in product(cases, capabilities):
         for launch in case.launches(capability):
             kernel, *source = launch.source
-            name = f"{kernel.__name__} {source} {launch.warps} {launch.stages} {launch.registers} {capability}"
+            name = f"{kernel.__name__} {source} {launch.tiles} {capability}"
             found.setdefault(name, (case, launch, capability))
     return list(found.values())
 
@@ -217,7 +215,11 @@ def describe(case: Case, launch: Compilation, capability: int) -> dict[str, Any]
     """What is known of a kernel before it is compiled."""
     sizes = [str(launch.constants[name]) for name in ("ROWS", "COLUMNS", "TILES") if name in launch.constants]
     row = {"kernel": launch.kernel.__name__.removesuffix("_kernel"), "sm": capability, "case": str(case)}
-    return row | {"rows x columns x tiles": " x ".join(sizes) or "-", "warps": launch.warps, "limit": launch.registers}
+    return row | {
+        "rows x columns x tiles": " x ".join(sizes) or "-",
+        "warps": launch.tiles.warps,
+        "limit": launch.tiles.registers,
+    }
 
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:

@@ -212,7 +212,7 @@ def select(tiles, whole, num_seen, top_k, TILES: tl.constexpr):
     k = top_k.to(tl.float32)
     total, squares = n * 0, n * 0
     low, highest = n * 0 + float("inf"), n * 0 + float("-inf")
-    if whole:
+    if whole:  # masks would cost as much again
         for t in tl.static_range(TILES):
             total += tl.sum(tiles[t], 1)
             squares += tl.sum(tiles[t] * tiles[t], 1)

@@ -33,13 +33,11 @@ def test_targets_stand_beside_what_was_measured() -> None:
 
 def test_tiles_are_timed_beside_the_ones_in_use() -> None:
     for kernel in ("select", "attend", "grad_queries", "grad_keys"):
-        tiles = [
-            gpu_check.Tiles(16, 16, tiles=1 if kernel == "select" else None),
-            gpu_check.Tiles(7, 16),
-        ]  # 7: no power
-        choices = [gpu_check.Choice(kernel, 16, 16, True, x) for x in tiles]
+        good = gpu_check.Tiles(16, 16, tiles=1 if kernel == "select" else None)
+        impossible = gpu_check.Tiles(7, 16)  # rows are a power of two
+        choices = [gpu_check.Choice(kernel, 16, 16, True, tiles) for tiles in (good, impossible)]
         result = gpu_check.best_of(choices, length=48, batch=1)
-        assert list(result["ms"]) == [str(("in use",)), str(tuple(tiles[0]))]
+        assert list(result["ms"]) == [str(("in use",)), str(tuple(good))]
 
 
 def test_tiles_that_are_tried_hold_a_window() -> None:
