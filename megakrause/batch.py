@@ -20,7 +20,7 @@ class TokenBatch:
 
     tokens: Tensor  # int64 [b, s]   inputs
     targets: Tensor  # int64 [b, s]   the token after each input
-    loss_mask: Tensor  # bool [b, s]   False where the target is not to be learnt (a document nothing announces)
+    loss_mask: Tensor  # bool [b, s]   False where there is nothing to learn: padding at the end of a sequence
     doc_start: Tensor | None  # int32 [b, s]   position of the first token that each may see; None: all before
 
     def to(self, device: torch.device) -> TokenBatch:

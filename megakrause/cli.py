@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_plan, _add_bench):
+    for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_data, _add_plan, _add_bench):
         add(commands)
     arguments, rest = parser.parse_known_args(argv)
     overrides = getattr(arguments, "overrides", None)
@@ -150,17 +150,77 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from megakrause.verify import verify
 
-        for line in verify(Path(arguments.path)):
+        for line in verify(Path(arguments.path), arguments.tokenizer, arguments.dtype):
             print(line)
 
     parser = _command(
         commands,
         "verify",
         "Check every byte of a corpus, a checkpoint or all of a run's against its checksums.",
-        "  megakrause verify runs/demo/lm\n  megakrause verify runs/demo/data/train",
+        "  megakrause verify runs/demo/lm\n  megakrause verify runs/demo/data/train\n"
+        "  megakrause verify megatron/corpus_text_document --tokenizer tokenizer.model",
         run,
     )
     parser.add_argument("path", metavar="CHECKPOINT|PREFIX|SHARD")
+    parser.add_argument("--tokenizer", help="of a corpus without a manifest, to check its token ids")
+    _add_dtype(parser)
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    def show(arguments: argparse.Namespace) -> None:
+        from megakrause.show import show_corpus, show_step
+
+        if arguments.what.endswith(".toml"):
+            from megakrause.config import load_config
+
+            lines = show_step(load_config(arguments.what, arguments.overrides), arguments.step, arguments.count)
+        else:
+            if arguments.tokenizer is None:
+                raise UserError("the documents of a corpus need --tokenizer to be read")
+            lines = show_corpus(
+                arguments.what, arguments.tokenizer, arguments.document, arguments.count, arguments.dtype
+            )
+        for line in lines:
+            print(line)
+
+    def adopt(arguments: argparse.Namespace) -> None:
+        from megakrause.data.check import adopt_corpus
+        from megakrause.data.tokenizer import Tokenizer
+
+        manifest = adopt_corpus(arguments.prefix, Tokenizer.load(arguments.tokenizer))
+        print(
+            f"{arguments.prefix}.manifest.json: {manifest.tokens:,} tokens in {manifest.documents:,} documents, hashed"
+        )
+
+    kinds = commands.add_parser("data", help="Look at corpora.").add_subparsers(metavar="WHAT", required=True)
+    parser = _command(
+        kinds,
+        "show",
+        "Print the documents of a corpus; or of a config, the mix and the sequences of a training step.",
+        "  megakrause data show runs/demo/data/train --tokenizer runs/demo/data/tokenizer.model --document 7\n"
+        "  megakrause data show configs/demo/lm.toml --step 100 --count 2",
+        show,
+    )
+    parser.add_argument("what", metavar="PREFIX|CONFIG.toml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys to change")
+    parser.add_argument("--tokenizer", help="of the corpus")
+    parser.add_argument("--document", type=int, default=0, help="the first one to print; default: 0")
+    parser.add_argument("--step", type=_positive, default=1, help="of the run; default: 1")
+    parser.add_argument("--count", type=_positive, default=1, help="documents or sequences; default: 1")
+    _add_dtype(parser)
+    parser = _command(
+        kinds,
+        "adopt",
+        "Check a .bin/.idx corpus that other software wrote and put a manifest with its hashes beside it.",
+        "  megakrause data adopt megatron/corpus_text_document --tokenizer tokenizer.model",
+        adopt,
+    )
+    parser.add_argument("prefix", metavar="PREFIX")
+    parser.add_argument("--tokenizer", required=True, help="the one that made it")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", help="of a token, in files that do not say so: uint16 or uint32")
 
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -110,12 +110,75 @@ class ModelConfig(Section):
         return self.head_dim or self.width // self.heads
 
 
+class SourceConfig(Section):
+    """A corpus to train on, and its part in the mix."""
+
+    path: str = Field(description="corpus PREFIX")
+    weight: Annotated[float, Field(ge=0)] | list[Annotated[tuple[int, float], Field(strict=False)]] = Field(
+        default=1.0,
+        description="its share of the sequences; or [[0, w], [step, w], ...]: from these steps on",
+    )
+    epochs: float | None = Field(
+        default=None, gt=0, description="how often it may be used; then the others share its part"
+    )
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = Field(
+        default=None, description="of a token, in files that do not say so"
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> SourceConfig:
+        steps = [step for step, _ in self.weights]
+        if steps[:1] != [0] or steps != sorted(set(steps)) or min(weight for _, weight in self.weights) < 0:
+            raise ValueError(
+                f"data.train: weight = {self.weight} of {self.path} must be pairs [step, weight] with steps from 0 "
+                "upwards and weights of at least 0"
+            )
+        return self
+
+    @property
+    def weights(self) -> list[tuple[int, float]]:
+        """(from this step on, weight), from step 0 on."""
+        return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
+
+    def weight_at(self, step: int) -> float:
+        return [weight for start, weight in self.weights if start <= step][-1]
+
+
 class DataConfig(Section):
-    train: str = Field(description="corpus PREFIX (of PREFIX.bin, PREFIX.idx, PREFIX.manifest.json)")
+    train: str | list[SourceConfig] = Field(
+        description="corpus PREFIX (of PREFIX.bin, PREFIX.idx, PREFIX.manifest.json; or another kind, data/shards.py), "
+        "or several as 'WEIGHT PREFIX WEIGHT PREFIX ...', or a list of tables"
+    )
     valid: str | None = Field(default=None, description="held-out corpus PREFIX")
-    tokenizer: str = Field(description="SentencePiece .model file")
+    tokenizer: str = Field(description="SentencePiece .model file, or Hugging Face tokenizer folder")
     mask_documents: bool = Field(default=True, description="no attention across documents packed in one sequence")
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat", description="documents joined and cut, or packed so that few are cut"
+    )
+    shuffle_blocks: int = Field(
+        default=8, gt=0, description="blocks (of 65,536 documents, fewer long ones) whose sequences are mixed at a time"
+    )
     prefetch: int = Field(default=4, ge=0, description="global batches read ahead")
+
+    @model_validator(mode="after")
+    def check(self) -> DataConfig:
+        if not any(source.weight_at(0) for source in self.sources):
+            raise ValueError("data.train: no source has a weight at step 0; give one a weight above 0")
+        return self
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """What data.train lists, however it is written."""
+        if not isinstance(self.train, str):
+            return self.train
+        words = self.train.split()
+        try:
+            weights = [float(word) for word in words[::2]]
+        except ValueError:
+            weights = []
+        if len(words) < 2 or len(words) % 2 or len(weights) * 2 != len(words):
+            return [SourceConfig(path=self.train)]
+        return [SourceConfig(path=p, weight=w) for p, w in zip(words[1::2], weights, strict=True)]
 
 
 class OptimConfig(Section):
@@ -346,8 +409,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     """One line for the first of pydantic's complaints."""
-    first = error.errors()[0]
+    errors = error.errors()
+    first = errors[0]
     key = ".".join(str(part) for part in first["loc"][:2])  # section and key; pydantic adds which type it tried
+    if key == "data.train" and (inside := [e for e in errors if len(e["loc"]) > 3]):  # of a list, not of a string
+        first = max(inside, key=lambda e: len(e["loc"]))
+        number, *rest = first["loc"][3:]
+        if first["type"] == "extra_forbidden":
+            return f"unknown key '{rest[0]}' in {key}[{number}]; there are {', '.join(SourceConfig.model_fields)}"
+        key += f"[{number}]" + "".join(f".{part}" for part in rest[:1])
     match first["type"]:
         case "value_error":
             return str(first["ctx"]["error"])

@@ -8,9 +8,8 @@ from megakrause.batch import TokenBatch
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.data.loader import eval_batches, num_eval_batches
-from megakrause.data.shards import Corpus
+from megakrause.data.open import eval_windows
 from megakrause.data.tokenizer import Tokenizer
-from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.mesh import Mesh
@@ -28,8 +27,8 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
     if prefix is None:
         raise UserError(f"{checkpoint.folder} names no data.valid; give --data PREFIX")
     tokenizer = Tokenizer.load(stored_tokenizer(checkpoint))
-    corpus = Corpus.open(prefix, tokenizer)
-    windows = TokenWindows(corpus, config.train.seq_len, eos=tokenizer.eos, mask_documents=config.data.mask_documents)
+    windows = eval_windows(config, tokenizer, prefix)
+    assert windows is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(checkpoint, device)
     batch = max(1, TOKENS_AT_ONCE // config.train.seq_len)
@@ -41,4 +40,4 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
 
     batches = eval_batches(windows, batch=batch, rank=0, ranks=1, limit=0)
     total = num_eval_batches(windows, batch=batch, ranks=1, limit=0)
-    return evaluate(loss_sum, batches, Mesh.alone(device), corpus.bytes_per_token, total)
+    return evaluate(loss_sum, batches, Mesh.alone(device), windows.corpus.bytes_per_token, total)

@@ -65,14 +65,13 @@ def generate_text(
     tokenizer = Tokenizer.load(stored_tokenizer(source))
     model = load_model(source, "cuda" if torch.cuda.is_available() else "cpu")
     ids = [tokenizer.eos, *tokenizer.encode(prompt)]
-    new: list[int] = []
-    shown = ""
+    shown = tokenizer.decode(ids)  # with what follows: some tokenizers give the first word of a text no space
     for token in generate_tokens(
         model, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tokenizer.eos
     ):
-        new.append(token)
-        text = tokenizer.decode(new)
+        ids.append(token)
+        text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are not all there yet
             yield text[len(shown) :]
             shown = text
-    yield tokenizer.decode(new)[len(shown) :]
+    yield tokenizer.decode(ids)[len(shown) :]

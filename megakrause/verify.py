@@ -7,14 +7,16 @@ from pathlib import Path
 
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.checkpoint.write import committed_folders
-from megakrause.data.shards import verify_corpus
+from megakrause.data.check import verify_corpus
+from megakrause.data.shards import is_corpus_folder
+from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 
 
-def verify(path: Path) -> Iterator[str]:
+def verify(path: Path, tokenizer: str | None = None, dtype: str | None = None) -> Iterator[str]:
     """Yields what was checked, a line for each corpus or checkpoint. Raises UserError that says what is wrong where."""
-    if not path.is_dir():
-        yield _verify_corpus(path)
+    if not path.is_dir() or is_corpus_folder(path):
+        yield _verify_corpus(path, tokenizer, dtype)
         return
     folders = [path] if (path / "COMMIT.json").exists() else committed_folders(path / "checkpoints")
     if not folders:
@@ -35,10 +37,12 @@ def verify(path: Path) -> Iterator[str]:
         raise UserError("; ".join(damaged))
 
 
-def _verify_corpus(path: Path) -> str:
-    found = verify_corpus(path)
+def _verify_corpus(path: Path, tokenizer: str | None, dtype: str | None) -> str:
+    found = verify_corpus(path, Tokenizer.load(tokenizer) if tokenizer else None, dtype)
+    documents = "" if found["documents"] is None else f" in {found['documents']:,} documents"
     hashes = "all checksums match" if found["hashed"] else "no manifest, so no checksums"
+    ids = "" if found["vocab_size"] else "; token ids not checked, give --tokenizer"
     return (
-        f"{found['corpus']}: {found['files']} files, {found['bytes'] / 2**20:.1f} MiB, {found['tokens']:,} tokens in "
-        f"{found['documents']:,} documents, {hashes}"
+        f"{found['corpus']}: {found['files']} files, {found['bytes'] / 2**20:.1f} MiB, {found['tokens']:,} tokens"
+        f"{documents}, {hashes}{ids}"
     )

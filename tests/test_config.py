@@ -230,6 +230,46 @@ def test_the_bounds_themselves_are_legal(changes: dict[str, Any]) -> None:
     parse_config(tree(**changes))
 
 
+# ---- what data.train lists
+
+
+def sources(train: Any) -> list[tuple[str, list[tuple[int, float]]]]:
+    return [(source.path, source.weights) for source in parse_config(tree(data__train=train)).data.sources]
+
+
+def test_the_corpora_of_data_train() -> None:
+    assert sources("data/a") == [("data/a", [(0, 1.0)])]
+    assert sources("0.3 data/a 7 b") == [("data/a", [(0, 0.3)]), ("b", [(0, 7.0)])]
+    assert sources("a folder/of mine") == [("a folder/of mine", [(0, 1.0)])]
+    tables = [{"path": "a", "weight": [[0, 0.5], [1000, 2]]}, {"path": "b", "epochs": 4.0}]
+    assert sources(tables) == [("a", [(0, 0.5), (1000, 2.0)]), ("b", [(0, 1.0)])]
+    config = parse_config(tree(data__train=tables))
+    assert parse_config(tomllib.loads(config.to_toml())) == config
+
+
+@pytest.mark.parametrize(
+    "train, says",
+    [
+        ([{"path": "a", "weight": -1}], r"data.train\[0\].weight = -1 is not allowed: input should be greater than or"),
+        (
+            [{"path": "a"}, {"path": "b", "wieght": 1}],
+            r"unknown key 'wieght' in data.train\[1\]; there are path, weight",
+        ),
+        ([{"weight": 1.0}], r"config key 'data.train\[0\].path' is missing"),
+        ([{"path": "a", "epochs": 0}], r"data.train\[0\].epochs = 0 is not allowed"),
+        ([{"path": "a", "weight": [[5, 1.0]]}], "must be pairs .* with steps from 0 upwards"),
+        ([{"path": "a", "weight": [[0, 1.0], [9, -1.0]]}], "weights of at least 0"),
+        ([{"path": "a", "weight": 0}], "no source has a weight at step 0"),
+        ("0 a 0 b", "no source has a weight at step 0"),
+        ([], "no source has a weight at step 0"),
+        (3, "data.train = 3 is not allowed"),
+    ],
+)
+def test_mixes_that_cannot_be_are_explained(train: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse_config(tree(data__train=train))
+
+
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     missing, broken, binary = tmp_path / "missing.toml", tmp_path / "broken.toml", tmp_path / "binary.toml"
     broken.write_text("output = \n")

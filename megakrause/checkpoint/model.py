@@ -20,8 +20,9 @@ def stored_config(checkpoint: Checkpoint) -> RunConfig:
 
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Path:
-    """The tokenizer's file, which every checkpoint carries."""
-    return checkpoint.folder / "tokenizer.model"
+    """Where to load the tokenizer from, which every checkpoint carries: a SentencePiece model, or else the folder."""
+    model = checkpoint.folder / "tokenizer.model"
+    return model if model.exists() else checkpoint.folder
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:

@@ -2,7 +2,8 @@
 
 ROOT/step-20.tmp/             every rank writes its own part; nobody looks here
     rank-00000.safetensors    fragments of weights and optimizer state; RNG state
-    state.json  config.toml  tokenizer.model   what exists once, by the main rank
+    state.json  config.toml       what exists once, by the main rank; likewise
+    tokenizer.model               or the files of a Hugging Face tokenizer, tokenizer.json among them
     COMMIT.json               last: size and hash of every file
 ROOT/step-20/                 the same folder, renamed when all of it is on disk
 """

@@ -10,35 +10,34 @@ from typing import TypeVar
 import numpy as np
 
 from megakrause.batch import TokenBatch
-from megakrause.data.order import samples_at
-from megakrause.data.tokens import TokenWindows
+from megakrause.data.tokens import Samples, TokenWindows
 
 T = TypeVar("T")
 
 
 def train_batches(
-    windows: TokenWindows, *, seed: int, global_batch: int, rank: int, ranks: int, start: int, prefetch: int
+    samples: Samples, *, global_batch: int, rank: int, ranks: int, start: int, prefetch: int
 ) -> Generator[tuple[TokenBatch, int], None, None]:
-    """Endless global batches from position `start` of the order given by `seed`: this rank's rows of each, [b, s] with
-    b = global_batch / ranks, and the position after it, from which the next run goes on.
+    """Endless global batches from sample `start` on: this rank's rows of each, [b, s] with b = global_batch / ranks,
+    and the sample after it, from which the next run goes on.
 
     Rank r has rows r*b to (r+1)*b of the global batch, so the ranks together have the same batch whatever their
     number. `prefetch` batches are read ahead in a thread; 0: none. Raises ValueError if `ranks` does not divide
     `global_batch`."""
     if global_batch % ranks:
         raise ValueError(f"a global batch of {global_batch} cannot be shared by {ranks} ranks")
-    batches = _train_batches(windows, seed, global_batch, rank, ranks, start)
+    batches = _train_batches(samples, global_batch, rank, ranks, start)
     return _prefetched(batches, prefetch) if prefetch else batches
 
 
 def _train_batches(
-    windows: TokenWindows, seed: int, global_batch: int, rank: int, ranks: int, position: int
+    samples: Samples, global_batch: int, rank: int, ranks: int, position: int
 ) -> Generator[tuple[TokenBatch, int], None, None]:
     share = global_batch // ranks
     while True:
         mine = position + rank * share + np.arange(share)
         position += global_batch
-        yield windows.batch(samples_at(mine, len(windows), seed)), position
+        yield samples.batch(mine), position
 
 
 def eval_batches(windows: TokenWindows, *, batch: int, rank: int, ranks: int, limit: int) -> Iterator[TokenBatch]:
@@ -49,7 +48,7 @@ def eval_batches(windows: TokenWindows, *, batch: int, rank: int, ranks: int, li
     windows_wanted = min(len(windows), limit) if limit else len(windows)
     for number in range(num_eval_batches(windows, batch=batch, ranks=ranks, limit=limit)):
         indices = (number * ranks + rank) * batch + np.arange(batch)
-        yield windows.batch(np.where(indices < windows_wanted, indices, len(windows)))
+        yield windows.batch(np.where(indices < windows_wanted, indices, -1))
 
 
 def num_eval_batches(windows: TokenWindows, *, batch: int, ranks: int, limit: int) -> int:

@@ -1,67 +1,71 @@
-"""The reader of corpora, memory-mapped, and the check of every byte. Their layout on disk is in layout.py."""
+"""The reader of corpora: ours and those of other software, in place, as blocks of documents over shards.
+
+PREFIX             PREFIX.manifest.json with the shards that it lists, or Megatron's and GPT-NeoX's PREFIX.bin/.idx
+FILE.ds            datatrove's and nanotron's, with FILE.ds.index
+FILE.npy .u16 .u32 tokens and nothing else (OLMo), or an .npy file; documents end with the tokenizer's separator
+FOLDER             all files of one of the last two kinds in it, by name
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
+from megakrause.data.blob import Blob
+from megakrause.data.formats import Cuts, DatatroveShard, MegatronShard, NumpyShard, Shard
 from megakrause.data.layout import (
-    BLOCK,
-    FileInfo,
-    Index,
     Manifest,
     check_sizes,
     check_tokenizer,
     corpus_prefix,
     file_size,
-    find_shards,
     manifest_path,
     read_manifest,
+    unfinished_path,
 )
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 
+NUMPY = {".npy": None, ".u16": np.dtype(np.uint16), ".u32": np.dtype(np.uint32)}
+MAPPED = 16  # shards that are mapped at a time
+
 
 class Corpus:
-    """A corpus, memory-mapped: one stream of tokens, whatever its shards."""
+    """A corpus: one stream of tokens, whatever its shards, and the blocks of documents that it is cut into."""
 
-    def __init__(self, prefix: str, shards: list[Path], manifest: Manifest | None) -> None:
+    def __init__(self, prefix: str, shards: list[Shard], manifest: Manifest | None) -> None:
         self.prefix = prefix
         self.manifest = manifest
         self.vocab_size = manifest.tokenizer.vocab_size if manifest else None
-        self.indices = [Index(Path(f"{shard}.idx")) for shard in shards]
-        self.dtype = self.indices[0].dtype
-        self._shards: list[np.ndarray] = []  # tokens of each
-        for index in self.indices:
-            path = index.path.with_suffix(".bin")
-            if index.dtype != self.dtype:
-                raise UserError(f"{index.path} holds {index.dtype} tokens, the shards before it {self.dtype}")
-            if (size := file_size(path)) != index.bin_size:
-                raise UserError(f"{path} has {size} bytes, {index.path} says {index.bin_size}: truncated or swapped")
-            self._shards.append(np.memmap(path, self.dtype, "r") if size else np.empty(0, self.dtype))
-        self._bounds = np.cumsum([0] + [len(tokens) for tokens in self._shards])  # first token of each shard, the end
+        self.shards = shards
+        self.dtype = shards[0].dtype
+        for shard in shards:
+            if shard.dtype != self.dtype:
+                raise UserError(f"{shard.tokens.path} holds {shard.dtype} tokens, the shards before it {self.dtype}")
+        self._bounds = np.cumsum([0] + [shard.num_tokens for shard in shards])  # first token of each, and the end
         self.num_tokens = int(self._bounds[-1])
-        self.num_documents = sum(index.num_documents for index in self.indices)
+        counts = [shard.num_documents for shard in shards]
+        self.num_documents = None if None in counts else sum(count or 0 for count in counts)
         self.num_bytes = manifest.text_bytes if manifest else None
+        # Of each block its shard, its number there, and its tokens, int64 [blocks].
+        self._blocks = [(s, block) for s, shard in enumerate(shards) for block in range(len(shard.cuts) - 1)]
+        self.block_tokens = np.concatenate([np.diff([token for _, token in shard.cuts]) for shard in shards])
+        self._recent: list[Shard] = []
         if self.num_tokens == 0:
             raise UserError(f"corpus {prefix} is empty: it holds no tokens")
 
     @classmethod
-    def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None) -> Corpus:
-        """Maps the corpus at `prefix`; headers and sizes are checked, hashes are not (`verify_corpus` does that).
+    def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None) -> Corpus:
+        """Opens the corpus at `prefix`. Headers and sizes are checked; hashes, where a manifest has them, when a block
+        is first read. dtype: of a token in files that do not say so.
 
         Raises UserError when it is missing, unfinished, empty or damaged, or was made with another tokenizer."""
         prefix = corpus_prefix(prefix)
-        manifest, shards = find_shards(prefix)
-        if manifest:
-            check_tokenizer(prefix, manifest, tokenizer)
-            check_sizes(prefix, manifest)
+        manifest, shards = find_shards(prefix, tokenizer, dtype)
         corpus = cls(prefix, shards, manifest)
         if tokenizer:
             corpus.vocab_size = tokenizer.vocab_size
@@ -72,140 +76,109 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text that a token stands for, on average; None without a manifest."""
+        """Bytes of text that a token stands for, on average; None where that is not known."""
         return self.num_bytes / self.num_tokens if self.num_bytes else None
 
     @cached_property
-    def document_starts(self) -> np.ndarray:
-        """First token of each document, int64 [num_documents], ascending."""
-        starts = [index.document_starts() for index in self.indices]
-        for part, bound in zip(starts, self._bounds, strict=False):
-            part += bound
-        return starts[0] if len(starts) == 1 else np.concatenate(starts)
-
-    @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits that stand for the content: the manifest's, or without one the index's."""
+        """32 hex digits that stand for the content: the manifest's, or without one, of the sizes of the files and of
+        where blocks begin."""
         if self.manifest:
             return self.manifest.fingerprint
-        digest = xxhash.xxh3_128()
-        for index in self.indices:
-            digest.update(np.memmap(index.path, mode="r").data)
-        return digest.hexdigest()
+        what = [(shard.dtype.name, shard.tokens.size, shard.cuts) for shard in self.shards]
+        return xxhash.xxh3_128_hexdigest(repr(what).encode())
+
+    def documents_of(self, block: int) -> tuple[Shard, np.ndarray]:
+        """The shard of a block, and in it the tokens at which its documents begin and the last one ends,
+        int64 [documents + 1]."""
+        number, inside = self._blocks[block]
+        return self._use(self.shards[number]), self.shards[number].documents(inside)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length), in the corpus's dtype. Raises IndexError outside the corpus."""
         if not 0 <= start <= start + length <= self.num_tokens:
             raise IndexError(f"tokens {start} to {start + length} of a corpus of {self.num_tokens}")
-        shard = int(np.searchsorted(self._bounds, start, "right")) - 1
-        parts = []
+        number = int(np.searchsorted(self._bounds, start, "right")) - 1
+        parts = [np.empty(0, self.dtype)]
         while length:
-            part = self._shards[shard][start - self._bounds[shard] :][:length]
-            parts.append(part)
-            start, length, shard = start + len(part), length - len(part), shard + 1
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+            shard, first = self._use(self.shards[number]), start - int(self._bounds[number])
+            count = min(length, shard.num_tokens - first)
+            if count:
+                parts.append(shard.tokens.array(self.dtype, shard.base + first * self.dtype.itemsize, count))
+            start, length, number = start + count, length - count, number + 1
+        return np.concatenate(parts)
 
-    def read_rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens [start, start + length) for each of `starts`, [len(starts), length] in the corpus's dtype."""
-        rows = np.empty((len(starts), length), self.dtype)
-        first = np.searchsorted(self._bounds, starts, "right") - 1
-        within = starts + length <= self._bounds[first + 1]
-        for shard in np.unique(first[within]):
-            chosen = within & (first == shard)
-            windows = np.lib.stride_tricks.sliding_window_view(self._shards[shard], length)
-            rows[chosen] = windows[starts[chosen] - self._bounds[shard]]
-        for row in np.flatnonzero(~within):
-            rows[row] = self.read(int(starts[row]), length)
-        return rows
+    def _use(self, shard: Shard) -> Shard:
+        """Keeps few files mapped, however many shards there are."""
+        if shard not in self._recent:
+            self._recent.append(shard)
+            if len(self._recent) > MAPPED:
+                for blob in vars(self._recent.pop(0)).values():
+                    if isinstance(blob, Blob):
+                        blob.release()
+        return shard
 
 
-def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """Reads every byte of a corpus PREFIX, or of one shard, and checks headers, sizes, hashes, document bounds and
-    token ids. Without a manifest there are no hashes to check, and the vocabulary is `tokenizer`'s.
-
-    Returns what was checked: corpus, files, bytes, tokens, documents, vocab_size, hashed. Raises UserError that names
-    the first thing wrong, its file and place."""
-    prefix = corpus_prefix(path)
-    manifest = _manifest_of_shard(prefix)
-    if manifest:
+def find_shards(
+    prefix: str, tokenizer: Tokenizer | None = None, dtype: str | None = None
+) -> tuple[Manifest | None, list[Shard]]:
+    """(manifest, shards) of a corpus. Raises UserError when there is none, or it is not whole."""
+    path = manifest_path(prefix)
+    if path.exists():
+        manifest = read_manifest(path)
         check_tokenizer(prefix, manifest, tokenizer)
         check_sizes(prefix, manifest)
-        corpus = Corpus(prefix, [Path(prefix)], None)
-    else:
-        corpus = Corpus.open(prefix, tokenizer)
-        manifest = corpus.manifest
-    if manifest:
-        files = manifest.files
-        vocab_size: int | None = manifest.tokenizer.vocab_size
-    else:
-        pair = [Path(prefix + kind) for kind in (".bin", ".idx")]
-        files = [FileInfo(name=path.name, size=file_size(path), blocks=[]) for path in pair]
-        vocab_size = tokenizer.vocab_size if tokenizer else None
-    num_bytes = sum(file.size for file in files)
-    with tqdm(total=num_bytes, desc="verifying", unit="B", unit_scale=True) as progress:
-        for file in files:
-            dtype = corpus.dtype if file.name.endswith(".bin") else None
-            block_size = manifest.block_size if manifest else BLOCK
-            _verify_file(Path(prefix).with_name(file.name), file.blocks, block_size, dtype, vocab_size, progress)
-    for index in corpus.indices:
-        _verify_index(index)
-    return {
-        "corpus": prefix,
-        "files": len(files),
-        "bytes": num_bytes,
-        "tokens": corpus.num_tokens,
-        "documents": corpus.num_documents,
-        "vocab_size": vocab_size,
-        "hashed": manifest is not None,
-    }
+        return manifest, _manifest_shards(path.parent, manifest)
+    if unfinished_path(prefix).exists():
+        raise UserError(f"corpus {prefix} is unfinished: wait for its writer, or prepare it again")
+    if Path(f"{prefix}.idx").exists():
+        tokens, index = (Blob(file, file_size(file)) for file in (Path(prefix + ".bin"), Path(prefix + ".idx")))
+        return None, [MegatronShard(tokens, index)]
+    files = _other_files(Path(prefix))
+    if not files:
+        raise UserError(
+            f"there is no corpus at {prefix}: neither {prefix}.manifest.json nor {prefix}.idx exists, and it is no "
+            f".ds, {', '.join(NUMPY)} file, nor a folder of such"
+        )
+    if files[0].suffix == ".ds":
+        indices = [Path(f"{file}.index") for file in files]
+        return None, [
+            DatatroveShard(Blob(file, file_size(file)), Blob(index, file_size(index)))
+            for file, index in zip(files, indices, strict=True)
+        ]
+    eos = tokenizer.eos if tokenizer else None
+    return None, [
+        NumpyShard(Blob(file, file_size(file)), NUMPY[file.suffix] or (np.dtype(dtype) if dtype else None), eos)
+        for file in files
+    ]
 
 
-def _manifest_of_shard(prefix: str) -> Manifest | None:
+def _manifest_shards(folder: Path, manifest: Manifest) -> list[Shard]:
+    blobs = [Blob(folder / file.name, file.size, file.blocks, manifest.block_size) for file in manifest.files]
+    cuts: Sequence[Cuts | None] = manifest.blocks or [None] * (len(blobs) // 2)
+    return [MegatronShard(tokens, index, cut) for tokens, index, cut in zip(blobs[::2], blobs[1::2], cuts, strict=True)]
+
+
+def _other_files(path: Path) -> list[Path]:
+    """The files of one kind, .ds or numpy's, that a path is or has."""
+    if not path.is_dir():
+        return [path] if path.suffix in (".ds", *NUMPY) and path.exists() else []
+    for kinds in ([".ds"], list(NUMPY)):
+        if files := sorted(file for file in path.iterdir() if file.suffix in kinds):
+            return files
+    return []
+
+
+def is_corpus_folder(path: Path) -> bool:
+    """Whether a folder is a corpus itself."""
+    return bool(_other_files(path))
+
+
+def shard_manifest(prefix: str) -> Manifest | None:
     """The manifest of the corpus that has a shard `prefix`, cut down to that shard; None when there is none."""
-    base = re.sub(r"-\d{5}$", "", prefix)
+    base = prefix[:-6] if prefix[-6:-5] == "-" and prefix[-5:].isdigit() else prefix
     if base == prefix or not manifest_path(base).exists():
         return None
     manifest = read_manifest(manifest_path(base))
     files = [file for file in manifest.files if file.name[:-4] == Path(prefix).name]
-    return manifest.model_copy(update={"files": files}) if files else None
-
-
-def _verify_file(
-    path: Path, hashes: list[str], block_size: int, dtype: np.dtype | None, vocab_size: int | None, progress: tqdm
-) -> None:
-    """Compares each block with its hash, if there are any, and each token (dtype given) with the vocabulary."""
-    with path.open("rb") as file:
-        for number, block in enumerate(iter(lambda: file.read(block_size), b"")):
-            start = number * block_size
-            if hashes and hashes[number : number + 1] != [xxhash.xxh3_128_hexdigest(block)]:
-                raise UserError(
-                    f"{path}: block {number}, bytes {start} to {start + len(block)}, is damaged: "
-                    "its hash is not the manifest's"
-                )
-            if dtype:
-                tokens = np.frombuffer(block, dtype)
-                limit = np.iinfo(dtype).max if vocab_size is None else vocab_size - 1
-                if not 0 <= tokens.min() <= tokens.max() <= limit:
-                    first = int(np.argmax((tokens < 0) | (tokens > limit)))
-                    raise UserError(
-                        f"{path}: token {tokens[first]} at byte {start + first * dtype.itemsize} is outside "
-                        f"the vocabulary of {limit + 1}"
-                    )
-            progress.update(len(block))
-
-
-def _verify_index(index: Index) -> None:
-    """Sequences lie end to end in .bin, documents in order over them."""
-    offsets = np.zeros(len(index.lengths), np.int64)
-    np.cumsum(index.lengths[:-1], dtype=np.int64, out=offsets[1:])
-    wrong = (index.lengths < 0) | (index.offsets != offsets * index.dtype.itemsize)
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        raise UserError(
-            f"{index.path}: sequence {first} has {index.lengths[first]} tokens at byte {index.offsets[first]}, "
-            f"where the lengths before it put it at byte {offsets[first] * index.dtype.itemsize}"
-        )
-    steps = np.diff(index.documents)
-    if index.documents[0] != 0 or (steps < 0).any():
-        first = int(np.argmax(steps < 0)) + 1 if index.documents[0] == 0 else 0
-        raise UserError(f"{index.path}: document {first} begins at sequence {index.documents[first]}, out of order")
+    return manifest.model_copy(update={"files": files, "blocks": None}) if files else None

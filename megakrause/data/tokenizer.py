@@ -1,8 +1,7 @@
-"""Text to token ids and back, over a SentencePiece model, and the training of such a model.
+"""Text to token ids and back, over a SentencePiece model or a Hugging Face tokenizer, and the training of the former.
 
 A model that `train_tokenizer` makes is lossless: `decode(encode(text)) == text` for every text that UTF-8 can carry.
-It normalises nothing, adds nothing, and falls back to bytes. A piece of it has spaces only in front or is all spaces,
-so no piece crosses from a character to a space after it; text is cut there into words, each of which is encoded once.
+It normalises nothing, adds nothing, and falls back to bytes. A piece of it has spaces only in front or is all spaces.
 """
 
 from __future__ import annotations
@@ -11,128 +10,79 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import sentencepiece
-import xxhash
 from tqdm import tqdm
 
+from megakrause.data.huggingface_tokenizer import TOKENIZER, HuggingFaceCodec, read_folder
+from megakrause.data.sentencepiece_tokenizer import SentencePieceCodec
 from megakrause.errors import UserError
 
-SPACE = "\u2581"  # stands for a space inside SentencePiece
+MODEL = "tokenizer.model"  # a SentencePiece model in a folder
 UNKNOWN = "\u2585"  # stands for rare characters inside SentencePiece's trainer, which skips sentences that have it
 EOS_PIECE = "<|endoftext|>"
 PIECE_OF_TEXT = 2000  # characters
-WORD = re.compile(f"{SPACE}| *[^ {SPACE}]+| +")
-CUT = re.compile("(?<=[^ ]) ")
-SLICE = 1 << 20  # characters encoded at a time, so that one long document needs no list of all its words
-CACHED_WORDS = 1 << 18
-CACHED_WORD_LENGTH = 64  # characters
 TRAINING_THREADS = 4  # fixed: SentencePiece writes their number into the model, and so into its fingerprint
 
 
 class Tokenizer:
-    """A SentencePiece model, held in memory; it pickles, so that other processes can use it.
+    """A tokenizer held in memory; it pickles, so that other processes can use it.
 
-    Models of other origin work too and give SentencePiece's own ids; whether they are lossless is their matter.
-    """
+    Of whatever kind it is, the ids of a text have no special tokens around them and no separator among them: what
+    looks like a special token in a text is text. Whether it is lossless is the tokenizer's own matter."""
 
-    model: bytes  # the model file
-    path: str  # where the model came from
-    fingerprint: str  # xxh3-128 of the model file, hex
-    vocab_size: int
+    files: dict[str, bytes]  # name -> content; a folder of these files loads as the same tokenizer
+    path: str  # where it came from
+    fingerprint: str  # xxh3-128 of what determines ids, hex
+    vocab_size: int  # number of ids
     eos: int  # id of the end-of-document separator
 
-    def __init__(self, model: bytes, path: str) -> None:
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.load_from_serialized_proto(model)
-        except RuntimeError as error:
-            raise UserError(f"{path} is not a SentencePiece model") from error
-        if processor.eos_id() < 0:
-            raise UserError(f"tokenizer {path} has no end-of-document piece; train one with train_tokenizer")
-        self.path = path
-        self.fingerprint = xxhash.xxh3_128_hexdigest(model)
-        self.vocab_size = processor.get_piece_size()
-        self.eos = processor.eos_id()
-        self.model = model
-        self._processor = processor
-        self._words = _Words(self._encode, [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()])
-        self._cuts = _cuts_before_spaces(processor)
+    def __init__(self, files: Mapping[str, bytes], path: str) -> None:
+        """Raises UserError when the files are no tokenizer with a separator."""
+        self.files, self.path = dict(files), path
+        self._codec: HuggingFaceCodec | SentencePieceCodec
+        if TOKENIZER in files:
+            self._codec = HuggingFaceCodec(files, path)
+        else:
+            self._codec = SentencePieceCodec(files[MODEL], path)
+        self.fingerprint, self.vocab_size, self.eos = self._codec.fingerprint, self._codec.vocab_size, self._codec.eos
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a .model file. Raises UserError when it is missing or no such model."""
+        """Reads a SentencePiece .model file, or a folder with tokenizer.json (a Hugging Face tokenizer) or, if it has
+        none, tokenizer.model. Raises UserError when there is no such thing."""
+        path = Path(path)
+        if path.name == TOKENIZER:
+            path = path.parent
         try:
-            model = Path(path).read_bytes()
+            if (path / TOKENIZER).exists():
+                return cls(read_folder(path), str(path))
+            if path.is_dir():
+                if not (path / MODEL).exists():
+                    raise UserError(f"tokenizer {path} has neither {TOKENIZER} nor {MODEL}; a folder needs one of them")
+                path = path / MODEL
+            return cls({MODEL: path.read_bytes()}, str(path))
         except OSError as error:
-            raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from error
-        return cls(model, str(path))
+            raise UserError(f"cannot read tokenizer {error.filename}: {error.strerror}") from error
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, str]]:
-        return Tokenizer, (self.model, self.path)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[dict[str, bytes], str]]:
+        return Tokenizer, (self.files, self.path)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the pieces of `text`, without a separator. Raises ValueError for a lone surrogate."""
+        """Ids of `text`, without a separator. Raises ValueError for a lone surrogate."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """As `encode`, int32 [n]."""
-        if self._cuts:
-            ids = b"".join(b"".join(map(self._words.__getitem__, WORD.findall(part))) for part in _slices(text))
-        else:
-            ids = self._encode(text)
-        return np.frombuffer(ids, dtype=np.int32)
-
-    def _encode(self, text: str) -> bytes:
-        try:
-            return self._processor.encode(text, return_type="numpy").tobytes()
-        except RuntimeError:
-            text.encode()  # a lone surrogate: Python's message says where
-            raise
+        return self._codec.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; separators have none, bytes that are not UTF-8 become U+FFFD."""
-        return self._processor.decode([int(i) for i in ids])
-
-
-class _Words(dict[str, bytes]):
-    """word -> its ids, int32 as bytes; bounded in size."""
-
-    def __init__(self, encode: Callable[[str], bytes], ids_of_space: list[int]) -> None:
-        super().__init__()
-        self._encode = encode
-        self._space = np.array(ids_of_space, dtype=np.int32).tobytes()
-
-    def __missing__(self, word: str) -> bytes:
-        # Given a real U+2581, SentencePiece would take it for a space.
-        ids = self._space if word == SPACE else self._encode(word)
-        if len(word) <= CACHED_WORD_LENGTH:
-            if len(self) >= CACHED_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids
-
-
-def _cuts_before_spaces(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether text may be cut between a character and a space after it, without changing its ids."""
-    probe = "  a  ﬁ e\u0301 Å\t\r\n  ①\u3000 "
-    pieces = (processor.id_to_piece(i) for i in range(processor.get_piece_size()))
-    return processor.normalize(probe) == probe.replace(" ", SPACE) and not any(
-        re.search(f"[^{SPACE}]{SPACE}", piece) for piece in pieces
-    )
-
-
-def _slices(text: str) -> Iterator[str]:
-    """`text` in order, cut where a space follows a character once SLICE characters are reached."""
-    start = 0
-    while cut := CUT.search(text, start + SLICE):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
+        return self._codec.decode(ids)
 
 
 def train_tokenizer(
@@ -184,7 +134,7 @@ def train_tokenizer(
     temporary = output.with_name(output.name + ".tmp")
     temporary.write_bytes(model.getvalue())
     os.replace(temporary, output)
-    return Tokenizer(model.getvalue(), str(output))
+    return Tokenizer({MODEL: model.getvalue()}, str(output))
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -1,91 +1,170 @@
-"""A corpus as a data set of sequences: its stream of tokens, cut into windows, with the bounds of documents."""
+"""A corpus as sequences of one length, and several corpora mixed: what stands in each sample of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from megakrause.batch import TokenBatch
+from megakrause.data.mixture import Mixture
+from megakrause.data.order import BlockOrder, key_of, permute
+from megakrause.data.packing import Packing, Pieces, num_windows, pack
 from megakrause.data.shards import Corpus
 from megakrause.errors import UserError
 
 
+class Samples(Protocol):
+    """What batches are made of."""
+
+    def batch(self, samples: np.ndarray) -> TokenBatch:
+        """Samples [b] counted over epochs from 0; -1: a row of padding."""
+        ...
+
+
+class _Rows:
+    """A batch in the making: padding wherever nothing is written."""
+
+    def __init__(self, rows: int, seq_len: int, eos: int) -> None:
+        self.inputs = np.full((rows, seq_len), eos, np.int64)
+        self.targets = np.full((rows, seq_len), eos, np.int64)
+        self.mask = np.zeros((rows, seq_len), bool)
+        # Padding sees itself alone: it must not change what documents are alone.
+        self.doc_start = np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1))
+
+    def batch(self, mask_documents: bool) -> TokenBatch:
+        inputs, targets, mask, doc_start = map(torch.from_numpy, (self.inputs, self.targets, self.mask, self.doc_start))
+        return TokenBatch(inputs, targets, mask, doc_start if mask_documents else None)
+
+
 class TokenWindows:
-    """Window i has tokens [i*L, (i+1)*L) as inputs and those one further on as targets, L = `seq_len`.
+    """A corpus as windows of `seq_len` targets, its documents packed within each block (packing.py).
 
-    So every token but the corpus's first is a target in exactly one window. What a window has beyond the corpus's end
-    is padding: `eos`, with loss_mask False; a window wholly beyond it is all padding.
+    Every token is a target once an epoch. The inputs of a document are the separator `eos`, then its tokens but the
+    last; a part of one that was cut begins with the token before it. What a window has beyond its documents is padding:
+    `eos`, with loss_mask False. With `mask_documents`, nothing is seen of other documents, nor of what was cut off.
 
-    With `mask_documents`, a document is seen from the separator before it on, or, where none stands there, from its
-    first token, which is then not to be learnt, for nothing announces it. A document's bounds are those of the
-    corpus's index; a separator inside one is a token like any other.
+    seed None: in the corpus's own order, for evaluation. Else each epoch permutes blocks, the windows of each `group`
+    of blocks, and the documents of each block, by keys of (seed, the corpus's content, epoch).
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, *, eos: int, mask_documents: bool) -> None:
-        """Raises UserError for a corpus of fewer than two tokens: it has nothing to predict."""
-        if corpus.num_tokens < 2:
-            raise UserError(f"corpus {corpus.prefix} has {corpus.num_tokens} token; at least 2 are needed")
+    def __init__(
+        self,
+        corpus: Corpus,
+        seq_len: int,
+        *,
+        eos: int,
+        mask_documents: bool,
+        seed: int | None = None,
+        packing: Packing = "concat",
+        group: int = 8,
+    ) -> None:
         self.corpus = corpus
         self.seq_len = seq_len
         self.eos = eos
         self.mask_documents = mask_documents
+        self.packing = packing
+        self._key = None if seed is None else (seed, int(corpus.fingerprint[:16], 16))
+        self.order = BlockOrder(num_windows(corpus.block_tokens, seq_len), self._key, group)
+        self._packed = lru_cache(maxsize=2 * group)(self._pack)
 
     def __len__(self) -> int:
-        """Number of windows."""
-        return -(-(self.corpus.num_tokens - 1) // self.seq_len)
+        """Windows of an epoch."""
+        return self.order.size
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> TokenBatch:
-        """Windows `indices` [b], each >= 0, of seq_len tokens."""
-        starts = np.asarray(indices, dtype=np.int64) * self.seq_len
-        rows = self._read(starts)
-        positions = np.arange(self.seq_len)
-        loss_mask = starts[:, None] + positions + 1 < self.corpus.num_tokens
-        doc_start = None
-        if self.mask_documents:
-            doc_start = np.zeros((len(starts), self.seq_len), dtype=np.int32)
-            row, position = self._documents_within(starts)
-            announced = rows[row, position - 1] == self.eos
-            loss_mask[row, position - 1] &= announced
-            first = position - announced
-            seen = first < self.seq_len
-            doc_start[row[seen], first[seen]] = first[seen]
-            np.maximum.accumulate(doc_start, axis=1, out=doc_start)
-        tokens = torch.from_numpy(rows)
-        return TokenBatch(
-            tokens[:, :-1].contiguous(),
-            tokens[:, 1:].contiguous(),
-            torch.from_numpy(loss_mask),
-            None if doc_start is None else torch.from_numpy(doc_start),
-        )
+    def batch(self, samples: np.ndarray) -> TokenBatch:
+        """Samples [b] counted over epochs from 0; -1: a row of padding. Raises UserError for damaged data."""
+        samples = np.asarray(samples)
+        rows = _Rows(len(samples), self.seq_len, self.eos)
+        there = np.flatnonzero(samples >= 0)
+        self.fill(rows, there, samples[there])
+        return rows.batch(self.mask_documents)
 
-    def _read(self, starts: np.ndarray) -> np.ndarray:
-        """Tokens [start, start + seq_len] of each, padded, int64 [b, seq_len + 1].
+    def fill(self, rows: _Rows, numbers: np.ndarray, samples: np.ndarray) -> None:
+        """Writes samples [n] into the rows of these numbers [n]."""
+        for epoch, block, chosen, windows in self.order.locate(samples):
+            starts, pieces, first = self._packed(epoch, block)
+            shard, _ = self.corpus.documents_of(block)
+            # The pieces of each window, then the tokens of each piece: where they come from and where they go.
+            counts = first[windows + 1] - first[windows]
+            row, piece = np.repeat(numbers[chosen], counts), _ranges(first[windows], counts)
+            length, place, offset = pieces.length[piece], pieces.place[piece], pieces.offset[piece]
+            token = starts[pieces.document[piece]] + offset
+            begins = np.cumsum(length) - length
+            source, goal = _ranges(token, length), _ranges(row * self.seq_len + place, length)
+            targets = shard.tokens.take(shard.dtype, source, shard.base).astype(np.int64)
+            inputs = np.empty_like(targets)
+            inputs[1:] = targets[:-1]
+            inputs[begins] = self.eos
+            cut = np.flatnonzero(offset)
+            inputs[begins[cut]] = shard.tokens.take(shard.dtype, token[cut] - 1, shard.base)
+            self._check(block, source, targets)
+            rows.inputs.reshape(-1)[goal] = inputs
+            rows.targets.reshape(-1)[goal] = targets
+            rows.mask.reshape(-1)[goal] = True
+            rows.doc_start.reshape(-1)[goal] = np.repeat(place, length)
 
-        Raises UserError for one outside the vocabulary."""
-        length = self.seq_len + 1
-        rows = np.full((len(starts), length), self.eos, dtype=np.int64)
-        whole = starts + length <= self.corpus.num_tokens
-        rows[whole] = self.corpus.read_rows(starts[whole], length)
-        for row in np.flatnonzero(~whole):
-            available = max(0, self.corpus.num_tokens - int(starts[row]))
-            if available:
-                rows[row, :available] = self.corpus.read(int(starts[row]), available)
+    def _pack(self, epoch: int, block: int) -> tuple[np.ndarray, Pieces, np.ndarray]:
+        """(first token of each document, the pieces, the first piece of each window and the end)"""
+        _, bounds = self.corpus.documents_of(block)
+        starts, lengths = bounds[:-1], np.diff(bounds)
+        if self._key is not None:
+            order = permute(np.arange(len(starts)), len(starts), key_of(*self._key, epoch, 2, block))
+            starts, lengths = starts[order], lengths[order]
+        pieces = pack(lengths, self.seq_len, self.packing)
+        return starts, pieces, np.searchsorted(pieces.window, np.arange(self.order.counts[block] + 1))
+
+    def _check(self, block: int, places: np.ndarray, tokens: np.ndarray) -> None:
+        """Raises UserError for a token outside the vocabulary."""
         limit = self.corpus.vocab_size
-        if limit is not None and len(rows) and not 0 <= rows.min() <= rows.max() < limit:
-            row, position = np.argwhere((rows < 0) | (rows >= limit))[0]
+        if limit is not None and len(tokens) and not 0 <= tokens.min() <= tokens.max() < limit:
+            wrong = int(np.argmax((tokens < 0) | (tokens >= limit)))
+            path = self.corpus.documents_of(block)[0].tokens.path
             raise UserError(
-                f"corpus {self.corpus.prefix}: token {rows[row, position]} at {starts[row] + position} is outside the "
-                f"vocabulary of {limit}; the corpus is damaged or of another tokenizer"
+                f"{path}: token {tokens[wrong]}, number {places[wrong]}, is outside the vocabulary of {limit}; it is "
+                "damaged or of another tokenizer"
             )
-        return rows
 
-    def _documents_within(self, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(window in the batch, position in it from 1 to seq_len) of every document that begins there."""
-        bounds = self.corpus.document_starts
-        low = np.searchsorted(bounds, starts, "right")
-        counts = np.searchsorted(bounds, starts + self.seq_len, "right") - low
-        row = np.repeat(np.arange(len(starts)), counts)
-        document = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + low[row]
-        return row, bounds[document] - starts[row]
+
+class MixedWindows:
+    """Windows of several corpora, by weights (mixture.py)."""
+
+    def __init__(self, sources: Sequence[TokenWindows], mixture: Mixture) -> None:
+        self.sources = sources
+        self.mixture = mixture
+
+    def batch(self, samples: np.ndarray) -> TokenBatch:
+        """Samples [b] of the run. Raises UserError for damaged data."""
+        sources, inside = self.mixture.locate(np.asarray(samples))
+        some = self.sources[0]
+        rows = _Rows(len(sources), some.seq_len, some.eos)
+        for number in np.unique(sources).tolist():
+            chosen = np.flatnonzero(sources == number)
+            self.sources[number].fill(rows, chosen, inside[chosen])
+        return rows.batch(some.mask_documents)
+
+    def describe(self, start: int, count: int) -> list[str]:
+        """A line for each source: what it is, and its part in `count` samples from `start` on."""
+        before, after = self.mixture.given_before(start), self.mixture.given_before(start + count)
+        return [
+            f"data: {(b - a) / max(count, 1):6.1%} from {source.corpus.prefix}: {source.corpus.num_tokens:,} tokens, "
+            f"epochs {a / len(source):.2f} to {b / len(source):.2f}"
+            for source, a, b in zip(self.sources, before, after, strict=True)
+        ]
+
+    def past(self, sample: int) -> list[dict[str, Any]]:
+        """What decided the samples before one of the run, as plain values: equal pasts, equal samples."""
+        names = [source.corpus.fingerprint for source in self.sources]
+        return [
+            {"start": segment.start, "mix": {n: u for n, u in zip(names, segment.units, strict=True) if u}}
+            for segment in self.mixture.past(sample)
+        ]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers from starts[i] on, lengths[i] of them, for one i after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)

@@ -4,7 +4,7 @@ OUT/
     config.json  generation_config.json    softmax layers with rotary positions are a Llama, with biases a Qwen2;
     modeling_megakrause.py                 any other model brings this file and loads with trust_remote_code=True
     model.safetensors                      or model-0000x-of-0000y.safetensors and model.safetensors.index.json
-    tokenizer.json  tokenizer_config.json
+    tokenizer.json  tokenizer_config.json  and what else a Hugging Face tokenizer has
     megakrause_export.json                 last: marks the folder as an export, complete and compared
 """
 

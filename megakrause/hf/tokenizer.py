@@ -1,4 +1,9 @@
-"""A SentencePiece model of this project as the two files that transformers' AutoTokenizer loads, without custom code.
+"""A model's tokenizer as files that transformers' AutoTokenizer loads, without custom code.
+
+A Hugging Face tokenizer is written as it came, but that its tokenizer.json alone is to decide the ids: any class or
+code that its configuration names besides is left out.
+
+A SentencePiece model becomes tokenizer.json and tokenizer_config.json.
 
 The vocabulary is written with real spaces in place of SentencePiece's U+2581. So nothing normalises the text, and a
 real U+2581 in it falls back to its bytes, as it does in `Tokenizer`. Text is cut into words where `Tokenizer` cuts it.
@@ -21,6 +26,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
+from transformers import AutoTokenizer
 
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
@@ -28,17 +34,42 @@ from megakrause.errors import UserError
 SPACE = "\u2581"  # stands for a space inside SentencePiece
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of pieces
 UNIGRAM, BPE = 1, 2  # types of models
+PROBE = "A text, 1234 words:\n\tif x:  # é 中文 😀\n"
 UNLIKELY = -1e9  # score of pieces that no text matches, in a unigram model
 
 
 def write_tokenizer(path: Path, folder: Path, max_length: int) -> dict[str, int]:
-    """Writes tokenizer.json and tokenizer_config.json for a SentencePiece model file.
+    """Writes the tokenizer that is loaded from `path`. max_length: tokens that the model can read at once.
 
-    The separator is put in front of a text, opens a document and ends generation. The unknown piece pads: with byte
-    fallback, no text has it. max_length: tokens that the model can read at once. Returns bos_token_id, eos_token_id and
-    pad_token_id. Raises UserError for a model without byte fallback or with a normalisation."""
-    eos = Tokenizer.load(path).eos
-    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+    Returns bos_token_id and eos_token_id, both the separator, which opens a document and ends generation; and
+    pad_token_id if there is one. Raises UserError for a SentencePiece model without byte fallback or with a
+    normalisation, and when transformers does not give the ids of a Hugging Face tokenizer."""
+    tokenizer = Tokenizer.load(path)
+    write = _write_huggingface if "tokenizer.json" in tokenizer.files else _write_sentencepiece
+    return write(tokenizer, folder, max_length)
+
+
+def _write_huggingface(tokenizer: Tokenizer, folder: Path, max_length: int) -> dict[str, int]:
+    """Its special tokens around a text, and in a text, are the tokenizer's own matter."""
+    config = json.loads(tokenizer.files["tokenizer_config.json"])
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    config.pop("auto_map", None)
+    changed = {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    for name, content in (tokenizer.files | changed).items():
+        (folder / name).write_bytes(content)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs(PROBE, add_special_tokens=False)["input_ids"]
+    if ids != tokenizer.encode(PROBE) or theirs.eos_token_id != tokenizer.eos:
+        raise UserError(f"transformers does not give the ids of tokenizer {tokenizer.path}; nothing was written")
+    special = {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos}
+    pad = theirs.pad_token_id  # a token that tokenizer.json lacks gets an id that the model lacks
+    return special if pad is None or pad >= tokenizer.vocab_size else special | {"pad_token_id": pad}
+
+
+def _write_sentencepiece(tokenizer: Tokenizer, folder: Path, max_length: int) -> dict[str, int]:
+    """The separator is put in front of a text. The unknown piece pads: with byte fallback, no text has it."""
+    path, eos = tokenizer.path, tokenizer.eos
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files["tokenizer.model"])  # type: ignore[attr-defined]
     _check(path, proto)
     pad = proto.trainer_spec.unk_id
     separator, unknown = proto.pieces[eos].piece, proto.pieces[pad].piece
@@ -60,7 +91,7 @@ def write_tokenizer(path: Path, folder: Path, max_length: int) -> dict[str, int]
     return {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": pad}
 
 
-def _check(path: Path, proto: Any) -> None:
+def _check(path: str, proto: Any) -> None:
     normalizer = proto.normalizer_spec
     problem = None
     if proto.trainer_spec.model_type not in (UNIGRAM, BPE):

@@ -38,10 +38,11 @@ class Embedding(nn.Module):
             normal(self.positions.weight, config.init_std)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [b, s]; positions [s], or [b, s] where each sequence has its own."""
         x = self.tp.leave(self.tokens(tokens))  # b s e
         if self.positions is None:
             return x
-        mine = positions[self.tp.positions(len(positions))]
+        mine = positions[..., self.tp.positions(positions.shape[-1])]
         return x + F.embedding(mine, self.tp.whole(self.positions.weight))
 
 
@@ -98,6 +99,8 @@ class LanguageModel(nn.Module):
         rotary = None
         if self.config.positions == "rope":
             rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+        elif doc_start is not None:  # a document's own, as if it stood alone
+            positions = positions - doc_start[:, start : start + s]
         sequence = Sequence(start, s, rotary, doc_start)
         if self.embedding is not None:
             x = self.embedding(x, positions)

@@ -21,9 +21,8 @@ from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_check
 from megakrause.checkpoint.write import remove_leftovers, save_checkpoint
 from megakrause.config import RunConfig
 from megakrause.data.loader import eval_batches, num_eval_batches, train_batches
-from megakrause.data.shards import Corpus
+from megakrause.data.open import eval_windows, train_samples
 from megakrause.data.tokenizer import Tokenizer
-from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 from megakrause.models.build import build_model, flops_per_token, whole_shapes
 from megakrause.models.layout import Layout
@@ -33,6 +32,8 @@ from megakrause.training.evaluate import Evaluation, evaluate
 from megakrause.training.metrics import MetricsLog, memory_gib, peak_flops
 from megakrause.training.schedule import learning_rate
 from megakrause.training.watch import Watch
+
+ORDER_KEYS = ("mask_documents", "packing", "shuffle_blocks")  # of data: with them the samples change
 
 
 def train(config: RunConfig, mesh: Mesh) -> None:
@@ -55,10 +56,9 @@ class Trainer:
         mesh.world.together(lambda: config.accumulation(mesh.dp.size))
         self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.data.tokenizer))
         self.config = resolve(config, self.tokenizer.vocab_size)
-        self.train_windows = mesh.world.together(lambda: self._windows(config.data.train))
-        valid = config.data.valid
-        self.valid_windows = None if valid is None else mesh.world.together(lambda: self._windows(valid))
         config = self.config
+        self.samples = mesh.world.together(lambda: train_samples(config, self.tokenizer))
+        self.valid_windows = mesh.world.together(lambda: eval_windows(config, self.tokenizer))
         self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
@@ -83,6 +83,8 @@ class Trainer:
         if self.step >= steps:
             self._say(f"{self.output} is already at step {self.step} of {steps}; raise train.steps to go on")
             return
+        for line in self.samples.describe(self.position, (steps - self.step) * config.train.global_batch):
+            self._say(line)
         self._say(
             f"training {self.parameters / 1e6:.2f} M parameters on {mesh.world.size} x {mesh.device.type}, "
             f"{config.train.global_batch} x {config.train.seq_len} tokens a step, steps {self.step + 1} to {steps}"
@@ -92,8 +94,7 @@ class Trainer:
             os.replace(self.output / "config.toml.tmp", self.output / "config.toml")
         log = MetricsLog(self.output, self.step, config.log.tensorboard) if mesh.is_main else None
         batches = train_batches(
-            self.train_windows,
-            seed=config.train.seed,
+            self.samples,
             global_batch=config.train.global_batch,
             rank=mesh.dp.rank,
             ranks=mesh.dp.size,
@@ -194,17 +195,12 @@ class Trainer:
                 "position": self.position,
                 "tokens": self.tokens,
                 "ranks": self.mesh.world.size,
-                "train_data": self.train_windows.corpus.fingerprint,
+                "train_data": self.samples.past(self.position),
                 "tokenizer": self.tokenizer.fingerprint,
             },
-            files={"config.toml": self.config.to_toml().encode(), "tokenizer.model": self.tokenizer.model},
+            files={"config.toml": self.config.to_toml().encode(), **self.tokenizer.files},
             keep=self.config.checkpoint.keep,
         )
-
-    def _windows(self, prefix: str) -> TokenWindows:
-        corpus = Corpus.open(prefix, self.tokenizer)
-        data, seq_len = self.config.data, self.config.train.seq_len
-        return TokenWindows(corpus, seq_len, eos=self.tokenizer.eos, mask_documents=data.mask_documents)
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from. None: from the beginning."""
@@ -232,9 +228,9 @@ class Trainer:
             *((f"model.{k}", v, getattr(now.model, k)) for k, v in saved.model),
             ("train.seq_len", saved.train.seq_len, now.train.seq_len),
             ("train.seed", saved.train.seed, now.train.seed),
-            ("data.mask_documents", saved.data.mask_documents, now.data.mask_documents),
+            *((f"data.{k}", getattr(saved.data, k), getattr(now.data, k)) for k in ORDER_KEYS),
             ("the tokenizer's hash", state["tokenizer"], self.tokenizer.fingerprint),
-            ("the training corpus's hash", state["train_data"], self.train_windows.corpus.fingerprint),
+            ("data.train up to here", state["train_data"], self.samples.past(state["position"])),
         ]:
             if before != after:
                 raise UserError(

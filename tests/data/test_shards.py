@@ -1,6 +1,7 @@
 import json
 import os
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megakrause.data import formats
 from megakrause.data import writer as writer_module
+from megakrause.data.check import adopt_corpus, verify_corpus
 from megakrause.data.layout import HEADER, MAGIC, TokenizerInfo
-from megakrause.data.shards import Corpus, verify_corpus
+from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.writer import CorpusWriter
 from megakrause.errors import UserError
@@ -35,6 +38,19 @@ def write_foreign(
     return str(prefix)
 
 
+def document_starts(corpus: Corpus) -> list[int]:
+    """The first token of every document, from the blocks."""
+    first, found = 0, []
+    for shard in corpus.shards:
+        for block, ((_, start), (_, end)) in enumerate(pairwise(shard.cuts)):
+            bounds = shard.documents(block)
+            assert bounds.dtype == np.int64 and (bounds[0], bounds[-1]) == (start, end)
+            found += (bounds[:-1] + first).tolist()
+        first += shard.num_tokens
+    assert sum(corpus.block_tokens) == corpus.num_tokens
+    return found
+
+
 def flip(path: str | Path, position: int) -> None:
     content = bytearray(Path(path).read_bytes())
     content[position] ^= 0x10
@@ -53,7 +69,7 @@ def test_what_was_written_is_read(write_corpus: WriteCorpus, shard_bytes: int, s
     prefix = write_corpus(DOCUMENTS, shard_bytes=shard_bytes)
     corpus = Corpus.open(prefix)
     assert (corpus.num_tokens, corpus.num_documents, corpus.num_bytes) == (16, 5, 50)
-    assert corpus.document_starts.tolist() == STARTS and corpus.document_starts.dtype == np.int64
+    assert document_starts(corpus) == STARTS
     assert corpus.read(0, 16).tolist() == STREAM and corpus.read(0, 16).dtype == np.uint16
     names = sorted(path.name for path in Path(prefix).parent.iterdir())
     expected = ["corpus"] if shards == 1 else [f"corpus-{number:05d}" for number in range(shards)]
@@ -70,12 +86,10 @@ def test_any_part_of_any_corpus(tmp_path_factory: pytest.TempPathFactory, docume
     stream = [token for document in documents for token in document]
     corpus = Corpus.open(prefix)
     assert corpus.read(0, len(stream)).tolist() == stream
-    assert corpus.document_starts.tolist() == [sum(map(len, documents[:i])) for i in range(len(documents))]
-    length = data.draw(st.integers(1, len(stream)))
-    starts = np.array(data.draw(st.lists(st.integers(0, len(stream) - length), max_size=8)), dtype=np.int64)
-    rows = corpus.read_rows(starts, length)
-    assert rows.tolist() == [stream[start : start + length] for start in starts]
-    assert [corpus.read(start, length).tolist() for start in starts] == rows.tolist()
+    assert document_starts(corpus) == [sum(map(len, documents[:i])) for i in range(len(documents))]
+    start = data.draw(st.integers(0, len(stream)))
+    length = data.draw(st.integers(0, len(stream) - start))
+    assert corpus.read(start, length).tolist() == stream[start : start + length]
     assert verify_corpus(prefix)["tokens"] == len(stream)
 
 
@@ -113,14 +127,14 @@ def test_corpora_of_other_software_open(tmp_path: Path) -> None:
     prefix = write_foreign(tmp_path / "foreign", [3, 0, 4, 3], [0, 0, 2, 4, 4], tokens, modes=b"\0" * 4)
     corpus = Corpus.open(prefix)
     assert corpus.read(2, 8).tolist() == list(range(2, 10))
-    assert corpus.document_starts.tolist() == [0, 0, 3, 10]
+    assert document_starts(corpus) == [0, 0, 3, 10]
     assert corpus.num_bytes is None and corpus.manifest is None
     assert verify_corpus(prefix) == {
         "corpus": prefix, "files": 2, "bytes": 80 + 34 + 12 * 4 + 8 * 5 + 4, "tokens": 10, "documents": 4,
         "vocab_size": None, "hashed": False,
     }  # fmt: skip
     before = corpus.fingerprint
-    write_foreign(tmp_path / "foreign", [3, 1, 3, 3], [0, 0, 2, 4, 4], tokens)
+    write_foreign(tmp_path / "foreign", [3, 0, 4, 2], [0, 0, 2, 4, 4], tokens[:9])
     assert Corpus.open(prefix).fingerprint != before
 
 
@@ -376,7 +390,124 @@ def test_a_huge_corpus_opens_at_once(tmp_path: Path) -> None:
 
     before, cpu = private_memory(), sum(process.cpu_times()[:2])
     corpus = Corpus.open(tmp_path / "huge")
-    assert corpus.document_starts[-1] == (documents - 1) * length
+    assert corpus.documents_of(152)[1][-2] == (documents - 1) * length
     assert corpus.read(9_999_999_000, 1000).sum() == 0
     assert sum(process.cpu_times()[:2]) - cpu < 2  # seconds, whatever else the machine does
     assert private_memory() - before < 200e6
+
+
+# While it is read
+
+
+def read_all(corpus: Corpus) -> list[int]:
+    return corpus.read(0, corpus.num_tokens).tolist()
+
+
+@pytest.mark.parametrize("kind", [".bin", ".idx"])
+def test_a_flipped_byte_is_never_handed_out(write_corpus: WriteCorpus, kind: str) -> None:
+    prefix = write_corpus(DOCUMENTS)
+    flip(prefix + kind, os.path.getsize(prefix + kind) - 12)  # the .idx is still one, of other documents
+    with pytest.raises(UserError, match=rf"corpus{kind}: block 0, bytes 0 to \d+, is damaged: its hash is not"):
+        read_all(Corpus.open(prefix)) if kind == ".bin" else Corpus.open(prefix).documents_of(0)
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_files_that_change_while_they_are_read(write_corpus: WriteCorpus, with_manifest: bool) -> None:
+    prefix = write_corpus(DOCUMENTS)
+    if not with_manifest:
+        os.unlink(prefix + ".manifest.json")
+    content = Path(prefix + ".bin").read_bytes()
+    corpus = Corpus.open(prefix)
+    read_all(corpus)
+    cut(prefix + ".bin", 4)
+    with pytest.raises(UserError, match=r"corpus.bin was changed while it is in use"):
+        read_all(corpus)
+    os.rename(prefix + ".bin", prefix + ".away")
+    with pytest.raises(UserError, match=r"corpus.bin is gone while it is in use: No such file"):
+        read_all(corpus)
+    Path(prefix + ".bin").write_bytes(content)
+    assert read_all(Corpus.open(prefix)) == STREAM
+
+
+def test_few_files_are_held_open(tmp_path: Path) -> None:
+    prefix = write_documents(tmp_path / "c", [[i, 1] for i in range(200)], shard_bytes=4)
+    corpus, process = Corpus.open(prefix), psutil.Process()
+    before = process.num_fds()
+    assert read_all(corpus) == [token for i in range(200) for token in (i, 1)]
+    for block in range(200):
+        corpus.documents_of(block)
+    assert process.num_fds() - before < 40
+    flip(f"{prefix}-00000.bin", 0)  # what was released and has changed since is not trusted
+    with pytest.raises(UserError, match="is damaged"):
+        read_all(corpus)
+
+
+# Blocks
+
+
+def test_blocks_of_many_and_of_long_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six at a time; the second six have 24 tokens, so that they are halved, the third 73, in four parts, one empty."""
+    monkeypatch.setattr(formats, "BLOCK_DOCUMENTS", 6)
+    monkeypatch.setattr(formats, "BLOCK_TOKENS", 20)
+    lengths = [1] * 9 + [7] * 6 + [50, 1, 1]
+    bounds, tokens = list(range(len(lengths) + 1)), np.arange(sum(lengths), dtype=np.int32)
+    corpus = Corpus.open(write_foreign(tmp_path / "f", lengths, bounds, tokens))
+    assert corpus.shards[0].cuts == [(0, 0), (6, 6), (11, 23), (12, 30), (15, 51), (16, 101), (18, 103)]
+    assert document_starts(corpus) == [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+# Other software's
+
+
+def test_datatroves_files(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("00000_x.ds", "00001_x.ds"):
+        (folder / name).write_bytes(np.array(STREAM, np.uint16).tobytes())
+        (folder / f"{name}.index").write_bytes(np.array([4, 6, 12, 13, 16], np.uint64).tobytes())
+        (folder / f"{name}.metadata").write_text("gpt2|2\n16\n16 T")
+    corpus = Corpus.open(folder)
+    assert read_all(corpus) == STREAM * 2 and corpus.num_documents == 10
+    assert document_starts(corpus) == STARTS + [start + 16 for start in STARTS]
+    one = folder / "00001_x.ds"
+    assert read_all(Corpus.open(one)) == STREAM and verify_corpus(one)["tokens"] == 16
+    one.write_bytes(np.array(STREAM, np.uint32).tobytes())
+    assert "holds uint32 tokens, the shards before it uint16" in refused(folder)
+    cut(one, 31)
+    assert "00001_x.ds has 31 bytes" in refused(folder) and "says 16 tokens" in refused(folder)
+
+
+def test_files_of_nothing_but_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos == 1
+    (tmp_path / "a.u16").write_bytes(np.array(STREAM, np.uint16).tobytes())
+    (tmp_path / "b.npy").write_bytes(np.array(STREAM, np.uint32).tobytes())
+    np.save(tmp_path / "c.npy", np.array(STREAM, np.int64))
+    for name, dtype in (("a.u16", None), ("b.npy", "uint32"), ("c.npy", None)):
+        corpus = Corpus.open(tmp_path / name, tokenizer, dtype)
+        assert read_all(corpus) == STREAM and document_starts(corpus) == STARTS and corpus.num_documents is None
+        assert verify_corpus(tmp_path / name, tokenizer, dtype)["tokens"] == 16
+        assert document_starts(Corpus.open(tmp_path / name, None, dtype)) == [0]
+    assert 'Give dtype = "uint16" or "uint32"' in refused(tmp_path / "b.npy")
+    cut(tmp_path / "a.u16", 31)
+    assert "31 bytes are no tokens of type uint16" in refused(tmp_path / "a.u16")
+    np.save(tmp_path / "c.npy", np.ones((2, 2)))
+    assert "an array of shape (2, 2)" in refused(tmp_path / "c.npy")
+
+
+def test_a_foreign_corpus_is_given_hashes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prefix = write_foreign(tmp_path / "f", [4, 2, 10], [0, 1, 2, 3], np.array(STREAM, np.uint16))
+    before = {kind: Path(prefix + kind).read_bytes() for kind in (".bin", ".idx")}
+    manifest = adopt_corpus(prefix, tokenizer)
+    assert {kind: Path(prefix + kind).read_bytes() for kind in (".bin", ".idx")} == before
+    assert (manifest.tokens, manifest.documents, manifest.text_bytes) == (16, 3, None)
+    corpus = Corpus.open(prefix, tokenizer)
+    assert corpus.manifest == manifest and corpus.bytes_per_token is None and read_all(corpus) == STREAM
+    assert verify_corpus(prefix)["hashed"]
+    with pytest.raises(UserError, match="is there already"):
+        adopt_corpus(prefix, tokenizer)
+    flip(prefix + ".bin", 5)
+    assert "is damaged" in found(prefix)
+    wrong = write_foreign(tmp_path / "g", [2], [0, 1], np.array([5, 700], np.uint16))
+    with pytest.raises(UserError, match="token 700 at byte 2 is outside the vocabulary of 600"):
+        adopt_corpus(wrong, tokenizer)
+    assert not Path(wrong + ".manifest.json").exists()

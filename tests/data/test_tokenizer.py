@@ -10,9 +10,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megakrause.data import sentencepiece_tokenizer
 from megakrause.data import tokenizer as module
+from megakrause.data.sentencepiece_tokenizer import SPACE
 from megakrause.data.sources import read_texts
-from megakrause.data.tokenizer import EOS_PIECE, SPACE, Tokenizer, train_tokenizer
+from megakrause.data.tokenizer import EOS_PIECE, Tokenizer, train_tokenizer
 from megakrause.errors import UserError
 
 AWKWARD = [
@@ -67,9 +69,9 @@ def test_cutting_into_slices_changes_no_id(tokenizer: Tokenizer, monkeypatch: py
     text = Path(module.__file__).read_text() * 3
     expected = whole(tokenizer).encode(text.replace(SPACE, ""))
     for size in (1, 7, 1000):
-        monkeypatch.setattr(module, "SLICE", size)
+        monkeypatch.setattr(sentencepiece_tokenizer, "SLICE", size)
         assert tokenizer.encode(text.replace(SPACE, "")) == expected
-    monkeypatch.setattr(module, "CACHED_WORDS", 3)
+    monkeypatch.setattr(sentencepiece_tokenizer, "CACHED_WORDS", 3)
     assert tokenizer.encode(text.replace(SPACE, "")) == expected
 
 
@@ -116,7 +118,7 @@ def test_bad_files_are_named_in_one_line(tokenizer: Tokenizer, tmp_path: Path) -
 
 def test_foreign_models_give_their_own_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """One that adds a prefix, normalises and has no byte pieces."""
-    text = Path(module.__file__).read_text()
+    text = Path(os.__file__).read_text()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text.splitlines()), model_prefix=str(tmp_path / "foreign"), vocab_size=500, minloglevel=2
     )

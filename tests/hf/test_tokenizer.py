@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
@@ -166,3 +168,54 @@ def test_others_are_refused(tmp_path: Path, change: dict[str, object], problem: 
         )
     with pytest.raises(UserError, match=problem):
         write_tokenizer(tmp_path / "tokenizer.model", tmp_path, 4096)
+
+
+def byte_level(folder: Path, config: dict[str, object]) -> Path:
+    """A folder with a tokenizer that puts three bytes together."""
+    vocab = {byte: i for i, byte in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"])}
+    fast = FastTokenizer(models.BPE(vocab, [("t", "h"), ("th", "e")]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<|end|>", "<|pad|>"])
+    folder.mkdir()
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|end|>", "lstrip": false}}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "special"),
+    [
+        ({"pad_token": "<|pad|>"}, {"pad_token_id": 259}),
+        ({"pad_token": "<|no piece|>"}, {}),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, {}),
+        ({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}, {}),
+    ],
+)
+def test_hugging_face_folders_are_written_as_they_are(
+    config: dict[str, object], special: dict[str, int], tmp_path: Path
+) -> None:
+    """But what would make transformers take another tokenizer than that of tokenizer.json."""
+    source, out = byte_level(tmp_path / "source", config), tmp_path / "out"
+    out.mkdir()
+    assert write_tokenizer(source, out, 99) == {"bos_token_id": 258, "eos_token_id": 258} | special
+    names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names[:2])
+    ours, theirs = Tokenizer.load(source), AutoTokenizer.from_pretrained(out)
+    for text in random_texts(200):
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == ours.encode(text) and theirs.decode(ids) == ours.decode(ids) == text
+    assert (theirs.model_max_length, theirs.eos_token_id, theirs.chat_template) == (99, ours.eos, "{{ messages }}")
+    assert Tokenizer.load(out).fingerprint == ours.fingerprint
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = byte_level(tmp_path / "source", {})
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [0])
+    with pytest.raises(UserError, match="transformers does not give the ids of tokenizer .*source; nothing"):
+        write_tokenizer(source, tmp_path, 99)

@@ -216,7 +216,7 @@ def test_tokens_outside_the_vocabulary_of_a_corpus_without_manifest(
     tokens[100] = 320
     tokens.tofile(tmp_path / "foreign.bin")
     line = refuse(capsys, config, f"data.train={tmp_path}/foreign", "train.steps=1000")
-    assert "token 320 at 100 is outside the vocabulary of 320" in line and f"{tmp_path}/foreign" in line
+    assert "token 320, number 100, is outside the vocabulary of 320" in line and f"{tmp_path}/foreign" in line
 
 
 def test_a_finished_run_keeps_the_config_it_was_trained_with(config: Path, tmp_path: Path) -> None:

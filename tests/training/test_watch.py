@@ -82,14 +82,14 @@ def test_a_rank_that_is_stuck_says_where(config: Path, tmp_path: Path) -> None:
     prelude = """
 if os.environ["RANK"] == "1":
     import time
-    from megakrause.data.tokens import TokenWindows
-    real, calls = TokenWindows.batch, []
+    from megakrause.data.tokens import MixedWindows
+    real, calls = MixedWindows.batch, []
     def slow(self, indices):
         calls.append(1)
         if len(calls) > 6:
             time.sleep(1000)
         return real(self, indices)
-    TokenWindows.batch = slow
+    MixedWindows.batch = slow
 """
     output = tmp_path / "run"
     launcher = start(config, output, "data.prefetch=0", prelude=prelude)

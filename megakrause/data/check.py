@@ -1,0 +1,147 @@
+"""The check of every byte of a corpus, and the manifest that makes it possible for corpora of other software."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from megakrause.data.blob import BLOCK, Blob
+from megakrause.data.formats import INT64, MegatronShard, Shard
+from megakrause.data.layout import FileInfo, Manifest, TokenizerInfo, check_sizes, corpus_prefix, manifest_path
+from megakrause.data.shards import Corpus, find_shards, shard_manifest
+from megakrause.data.tokenizer import Tokenizer
+from megakrause.errors import UserError
+
+
+def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """Reads every byte of a corpus, or of one shard, and checks headers, sizes, hashes, document bounds and token ids.
+    Without a manifest there are no hashes to check, and the vocabulary is `tokenizer`'s.
+
+    Returns what was checked: corpus, files, bytes, tokens, documents, vocab_size, hashed. Raises UserError that names
+    the first thing wrong, its file and place."""
+    prefix = corpus_prefix(path)
+    if manifest := shard_manifest(prefix):
+        check_sizes(prefix, manifest)
+        corpus = Corpus(prefix, find_shards(prefix)[1], None)
+        blobs = [Blob(Path(prefix).with_name(f.name), f.size, f.blocks, manifest.block_size) for f in manifest.files]
+    else:
+        corpus = Corpus.open(prefix, tokenizer, dtype)
+        blobs = [blob for shard in corpus.shards for blob in _blobs(shard)]
+    vocab_size = manifest.tokenizer.vocab_size if manifest else corpus.vocab_size
+    tokens_of = {shard.tokens.path: shard for shard in corpus.shards}
+    with tqdm(
+        total=sum(blob.size for blob in blobs), desc="verifying", unit="B", unit_scale=True, leave=False
+    ) as progress:
+        for blob in blobs:
+            for start in range(0, blob.size, blob.block_size):
+                stop = min(start + blob.block_size, blob.size)
+                blob.check(start, stop)
+                if shard := tokens_of.get(blob.path):
+                    _check_tokens(blob, shard, start, stop, vocab_size)
+                progress.update(stop - start)
+            blob.release()
+    for shard in corpus.shards:
+        if isinstance(shard, MegatronShard):
+            _check_megatron_index(shard)
+    for block in range(len(corpus.block_tokens)):
+        corpus.documents_of(block)
+    return {
+        "corpus": prefix,
+        "files": len(blobs),
+        "bytes": sum(blob.size for blob in blobs),
+        "tokens": corpus.num_tokens,
+        "documents": corpus.num_documents,
+        "vocab_size": vocab_size,
+        "hashed": any(blob.hashes for blob in blobs),
+    }
+
+
+def adopt_corpus(prefix: str | Path, tokenizer: Tokenizer) -> Manifest:
+    """Checks a .bin/.idx pair that other software wrote and puts a manifest beside it, so that what is read of it from
+    now on is compared with hashes. The tokenizer is the one that made it. Raises UserError when something is wrong."""
+    prefix = corpus_prefix(prefix)
+    if manifest_path(prefix).exists():
+        raise UserError(f"{manifest_path(prefix)} is there already; the corpus has its hashes")
+    verify_corpus(prefix, tokenizer)
+    corpus = Corpus.open(prefix, tokenizer)
+    (shard,) = corpus.shards
+    if not isinstance(shard, MegatronShard):
+        raise UserError(f"{prefix}: a manifest can be given to .bin/.idx pairs only")
+    files = []
+    with tqdm(total=shard.tokens.size + shard.index.size, desc="hashing", unit="B", unit_scale=True) as progress:
+        for blob in _blobs(shard):
+            hashes = []
+            for start in range(0, blob.size, BLOCK):
+                part = blob.array(np.dtype(np.uint8), start, min(BLOCK, blob.size - start))
+                hashes.append(xxhash.xxh3_128_hexdigest(part.data))
+                progress.update(len(part))
+            files.append(FileInfo(name=blob.path.name, size=blob.size, blocks=hashes))
+    manifest = Manifest(
+        dtype=corpus.dtype.name,
+        tokens=corpus.num_tokens,
+        documents=shard.num_documents or 0,
+        text_bytes=None,
+        block_size=BLOCK,
+        tokenizer=TokenizerInfo.of(tokenizer),
+        files=files,
+        blocks=[shard.cuts],
+    )
+    path = manifest_path(prefix)
+    temporary = path.with_name(path.name + ".adopting")
+    with temporary.open("w") as output:
+        output.write(manifest.model_dump_json(indent=1) + "\n")
+        output.flush()
+        os.fsync(output.fileno())
+    os.replace(temporary, path)
+    return manifest
+
+
+def _blobs(shard: Shard) -> list[Blob]:
+    return [blob for blob in vars(shard).values() if isinstance(blob, Blob)]
+
+
+def _check_tokens(blob: Blob, shard: Shard, start: int, stop: int, vocab_size: int | None) -> None:
+    """Raises UserError for a token outside the vocabulary."""
+    start, size = max(start, shard.base), shard.dtype.itemsize
+    start -= (start - shard.base) % size
+    tokens = blob.array(shard.dtype, start, (stop - start) // size)
+    limit = np.iinfo(shard.dtype).max if vocab_size is None else vocab_size - 1
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= limit:
+        first = int(np.argmax((tokens < 0) | (tokens > limit)))
+        raise UserError(
+            f"{blob.path}: token {tokens[first]} at byte {start + first * size} is outside the vocabulary of "
+            f"{limit + 1}"
+        )
+
+
+def _check_megatron_index(shard: MegatronShard) -> None:
+    """Sequences lie end to end in .bin, documents in order over them."""
+    index, n = shard.index, shard.num_sequences
+    lengths = index.array(np.dtype("<i4"), shard.lengths_at, n)
+    offsets = index.array(INT64, shard.offsets_at, n)
+    documents = index.array(INT64, shard.documents_at, (shard.num_documents or 0) + 1)
+    step = 1 << 20
+    end = 0
+    for first in range(0, n, step):
+        part = lengths[first : first + step].astype(np.int64)
+        expected = end + np.cumsum(part) - part
+        wrong = (part < 0) | (offsets[first : first + step] != expected * shard.dtype.itemsize)
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            raise UserError(
+                f"{index.path}: sequence {first + place} has {part[place]} tokens at byte {offsets[first + place]}, "
+                f"where the lengths before it put it at byte {expected[place] * shard.dtype.itemsize}"
+            )
+        end = int(expected[-1] + part[-1])
+    if documents[0] != 0:
+        raise UserError(f"{index.path}: document 0 begins at sequence {documents[0]}, out of order")
+    for first in range(0, len(documents) - 1, step):
+        steps = np.diff(documents[first : first + step + 1])
+        if (steps < 0).any():
+            place = first + int(np.argmax(steps < 0)) + 1
+            raise UserError(f"{index.path}: document {place} begins at sequence {documents[place]}, out of order")
