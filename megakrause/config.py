@@ -159,6 +159,10 @@ class DataConfig(Section):
         default=8, gt=0, description="blocks (of 65,536 documents, fewer long ones) whose sequences are mixed at a time"
     )
     prefetch: int = Field(default=4, ge=0, description="global batches read ahead")
+    cache: str | None = Field(
+        default=None, description="folder on each host for what is read from URLs; default: ~/.cache/megakrause"
+    )
+    cache_gib: int = Field(default=16, gt=0, description="its largest size, in GiB")
 
     @model_validator(mode="after")
     def check(self) -> DataConfig:

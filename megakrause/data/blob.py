@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -15,47 +15,96 @@ from megakrause.errors import UserError
 BLOCK = 64 << 20  # bytes that have a hash together
 
 
-class Blob:
-    """A file, memory-mapped when first read.
+class Blob(ABC):
+    """A file. hashes: xxh3-128, hex, of each `block_size` bytes, if they are known.
 
-    hashes: xxh3-128, hex, of each `block_size` bytes, if they are known. Reading raises UserError, which names the file
-    and the place, when a block is not what its hash says, or the file was changed, cut or removed since it was mapped.
+    Whatever reads raises UserError, which names the file and the place, when a block is not what its hash says, or the
+    file is not what it was or cannot be read any more.
     """
 
-    def __init__(self, path: Path, size: int, hashes: Sequence[str] = (), block_size: int = BLOCK) -> None:
+    def __init__(self, path: str, size: int, hashes: Sequence[str] = (), block_size: int = BLOCK) -> None:
         self.path = path
         self.size = size
         self.hashes = hashes
         self.block_size = block_size
-        self._checked: set[int] = set()
 
-    def array(self, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-        """`count` elements from byte `start` on, not a copy."""
-        self.check(start, start + count * dtype.itemsize)
-        return np.frombuffer(self._bytes, dtype, count, start)
-
-    def take(self, dtype: np.dtype, places: np.ndarray, base: int = 0) -> np.ndarray:
-        """The elements at `places` [n] of an array that begins at byte `base`; copied."""
-        if not len(places):
-            return np.empty(0, dtype)
-        first, last = int(places.min()), int(places.max())
-        if first < 0 or base + (last + 1) * dtype.itemsize > self.size:
-            raise UserError(f"{self.path}: elements {first} to {last} are asked for, which it has not: damaged index")
-        self.check(base + first * dtype.itemsize, base + (last + 1) * dtype.itemsize)
-        return np.frombuffer(self._bytes, dtype, last + 1 - first, base + first * dtype.itemsize)[places - first]
-
+    @abstractmethod
     def peek(self, start: int, count: int) -> bytes:
         """At most `count` bytes from `start` on, not compared with any hash."""
+
+    @abstractmethod
+    def array(self, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+        """`count` elements from byte `start` on; not to be written to."""
+
+    @abstractmethod
+    def take(self, dtype: np.dtype, places: np.ndarray, base: int = 0) -> np.ndarray:
+        """The elements at `places` [n] of an array that begins at byte `base`; copied."""
+
+    @abstractmethod
+    def ahead(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) will be wanted soon."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Gives file handles back. It can be read again."""
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        return block * self.block_size, min((block + 1) * self.block_size, self.size)
+
+    def is_intact(self, block: int, content: np.ndarray) -> bool:
+        """Whether the content of a block is what its hash says; True where there is none."""
+        return not self.hashes or xxhash.xxh3_128_hexdigest(content.data) == self.hashes[block]
+
+    def damaged(self, block: int) -> UserError:
+        start, stop = self.block_range(block)
+        return UserError(
+            f"{self.path}: block {block}, bytes {start} to {stop}, is damaged: its hash is not the manifest's"
+        )
+
+    def span(self, dtype: np.dtype, places: np.ndarray, base: int) -> tuple[int, int]:
+        """The least and the greatest of `places`, which are not empty. Raises UserError when they are outside."""
+        first, last = int(places.min()), int(places.max())
+        if first < 0 or base + (last + 1) * dtype.itemsize > self.size:
+            raise UserError(f"{self.path} has no elements {first} to {last}, of which its index speaks: damaged")
+        return first, last
+
+
+class LocalBlob(Blob):
+    """A file on this machine, memory-mapped when first read."""
+
+    def __init__(self, path: str, size: int, hashes: Sequence[str] = (), block_size: int = BLOCK) -> None:
+        super().__init__(path, size, hashes, block_size)
+        self._checked: set[int] = set()
+        self._mapped: tuple[int, int, int] | None = None  # what the file was when it was mapped
+
+    def peek(self, start: int, count: int) -> bytes:
         try:
-            with self.path.open("rb") as file:
+            with open(self.path, "rb") as file:
                 file.seek(start)
                 return file.read(count)
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}") from error
 
-    def check(self, start: int, stop: int) -> None:
+    def array(self, dtype: np.dtype, start: int, count: int) -> np.ndarray:
+        self._check(start, start + count * dtype.itemsize)
+        return np.frombuffer(self._bytes, dtype, count, start)
+
+    def take(self, dtype: np.dtype, places: np.ndarray, base: int = 0) -> np.ndarray:
+        if not len(places):
+            return np.empty(0, dtype)
+        first, last = self.span(dtype, places, base)
+        self._check(base + first * dtype.itemsize, base + (last + 1) * dtype.itemsize)
+        return np.frombuffer(self._bytes, dtype, last + 1 - first, base + first * dtype.itemsize)[places - first]
+
+    def ahead(self, start: int, stop: int) -> None:
+        pass  # the kernel reads ahead
+
+    def release(self) -> None:
+        self.__dict__.pop("_bytes", None)
+
+    def _check(self, start: int, stop: int) -> None:
         """Raises UserError unless bytes [start, stop) can be handed out."""
-        _ = self._bytes
+        content = self._bytes
         try:
             now = _identity(self.path)
         except OSError as error:
@@ -66,26 +115,15 @@ class Blob:
             return
         for block in range(start // self.block_size, -(-stop // self.block_size)):
             if block not in self._checked:
-                self._check_block(block)
+                if not self.is_intact(block, content[slice(*self.block_range(block))]):
+                    raise self.damaged(block)
                 self._checked.add(block)
-
-    def release(self) -> None:
-        """Gives its file handle back; what was checked stays so as long as the file stays the same."""
-        self.__dict__.pop("_bytes", None)
-
-    def _check_block(self, block: int) -> None:
-        start = block * self.block_size
-        stop = min(start + self.block_size, self.size)
-        if xxhash.xxh3_128_hexdigest(self._bytes[start:stop].data) != self.hashes[block]:
-            raise UserError(
-                f"{self.path}: block {block}, bytes {start} to {stop}, is damaged: its hash is not the manifest's"
-            )
 
     @cached_property
     def _bytes(self) -> np.ndarray:
         try:
             now = _identity(self.path)
-            if getattr(self, "_mapped", now) != now:
+            if self._mapped != now:
                 self._checked.clear()
             self._mapped = now
             if now[0] != self.size:
@@ -95,7 +133,7 @@ class Blob:
             raise UserError(f"cannot read {self.path}: {error.strerror}") from error
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
+def _identity(path: str) -> tuple[int, int, int]:
     """(size, inode, time of the last change)"""
     status = os.stat(path)
     return status.st_size, status.st_ino, status.st_mtime_ns

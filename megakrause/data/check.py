@@ -10,10 +10,10 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from megakrause.data.blob import BLOCK, Blob
+from megakrause.data.blob import BLOCK, Blob, LocalBlob
 from megakrause.data.formats import INT64, MegatronShard, Shard
-from megakrause.data.layout import FileInfo, Manifest, TokenizerInfo, check_sizes, corpus_prefix, manifest_path
-from megakrause.data.shards import Corpus, find_shards, shard_manifest
+from megakrause.data.layout import FileInfo, Manifest, TokenizerInfo, corpus_prefix, manifest_path
+from megakrause.data.shards import Corpus, shard_manifest
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 
@@ -25,13 +25,15 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
     Returns what was checked: corpus, files, bytes, tokens, documents, vocab_size, hashed. Raises UserError that names
     the first thing wrong, its file and place."""
     prefix = corpus_prefix(path)
-    if manifest := shard_manifest(prefix):
-        check_sizes(prefix, manifest)
-        corpus = Corpus(prefix, find_shards(prefix)[1], None)
-        blobs = [Blob(Path(prefix).with_name(f.name), f.size, f.blocks, manifest.block_size) for f in manifest.files]
+    manifest = shard_manifest(prefix)
+    if manifest:
+        files = [(str(Path(prefix).with_name(file.name)), file) for file in manifest.files]
+        tokens, index = (LocalBlob(path, file.size, file.blocks, manifest.block_size) for path, file in files)
+        blobs: list[Blob] = [tokens, index]
+        corpus = Corpus(prefix, [MegatronShard(tokens, index)], None)
     else:
         corpus = Corpus.open(prefix, tokenizer, dtype)
-        blobs = [blob for shard in corpus.shards for blob in _blobs(shard)]
+        blobs = [blob for shard in corpus.shards for blob in shard.blobs]
     vocab_size = manifest.tokenizer.vocab_size if manifest else corpus.vocab_size
     tokens_of = {shard.tokens.path: shard for shard in corpus.shards}
     with tqdm(
@@ -40,7 +42,7 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
         for blob in blobs:
             for start in range(0, blob.size, blob.block_size):
                 stop = min(start + blob.block_size, blob.size)
-                blob.check(start, stop)
+                blob.array(np.dtype(np.uint8), start, stop - start)
                 if shard := tokens_of.get(blob.path):
                     _check_tokens(blob, shard, start, stop, vocab_size)
                 progress.update(stop - start)
@@ -74,13 +76,13 @@ def adopt_corpus(prefix: str | Path, tokenizer: Tokenizer) -> Manifest:
         raise UserError(f"{prefix}: a manifest can be given to .bin/.idx pairs only")
     files = []
     with tqdm(total=shard.tokens.size + shard.index.size, desc="hashing", unit="B", unit_scale=True) as progress:
-        for blob in _blobs(shard):
+        for blob in shard.blobs:
             hashes = []
             for start in range(0, blob.size, BLOCK):
                 part = blob.array(np.dtype(np.uint8), start, min(BLOCK, blob.size - start))
                 hashes.append(xxhash.xxh3_128_hexdigest(part.data))
                 progress.update(len(part))
-            files.append(FileInfo(name=blob.path.name, size=blob.size, blocks=hashes))
+            files.append(FileInfo(name=Path(blob.path).name, size=blob.size, blocks=hashes))
     manifest = Manifest(
         dtype=corpus.dtype.name,
         tokens=corpus.num_tokens,
@@ -99,10 +101,6 @@ def adopt_corpus(prefix: str | Path, tokenizer: Tokenizer) -> Manifest:
         os.fsync(output.fileno())
     os.replace(temporary, path)
     return manifest
-
-
-def _blobs(shard: Shard) -> list[Blob]:
-    return [blob for blob in vars(shard).values() if isinstance(blob, Blob)]
 
 
 def _check_tokens(blob: Blob, shard: Shard, start: int, stop: int, vocab_size: int | None) -> None:

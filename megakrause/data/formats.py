@@ -7,6 +7,7 @@ no memory to speak of, however large the corpus.
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -31,6 +32,16 @@ class Shard(ABC):
     num_tokens: int
     num_documents: int | None  # None: known only where a block is read
     cuts: Cuts
+
+    @property
+    def blobs(self) -> list[Blob]:
+        """Its files, tokens first."""
+        return [self.tokens]
+
+    def ahead(self, block: int) -> None:
+        """A block will be wanted soon."""
+        (_, start), (_, end) = self.cuts[block : block + 2]
+        self.tokens.ahead(self.base + start * self.dtype.itemsize, self.base + end * self.dtype.itemsize)
 
     @abstractmethod
     def documents(self, block: int) -> np.ndarray:
@@ -62,6 +73,10 @@ class _IndexedShard(Shard):
     """A shard whose index has a number for every document."""
 
     index: Blob
+
+    @property
+    def blobs(self) -> list[Blob]:
+        return [self.tokens, self.index]
 
     def documents(self, block: int) -> np.ndarray:
         (first, start), (last, end) = self.cuts[block : block + 2]
@@ -146,7 +161,7 @@ class NumpyShard(Shard):
         """dtype: of a file without a header. Raises UserError when it cannot be known, or is none of integers."""
         self.tokens, self.base, self._eos = tokens, 0, eos
         if tokens.peek(0, 6) == b"\x93NUMPY":
-            with tokens.path.open("rb") as file:
+            with io.BytesIO(tokens.peek(0, 1 << 16)) as file:
                 try:
                     read = (
                         np.lib.format.read_array_header_1_0

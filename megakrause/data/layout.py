@@ -92,9 +92,14 @@ def unfinished_path(prefix: str | Path) -> Path:
 
 def read_manifest(path: Path) -> Manifest:
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        return parse_manifest(str(path), path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def parse_manifest(path: str, content: bytes) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path} is no corpus manifest: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
@@ -118,18 +123,3 @@ def check_tokenizer(prefix: str | Path, manifest: Manifest, tokenizer: Tokenizer
             f"corpus {prefix} was made with tokenizer {manifest.tokenizer}, "
             f"{tokenizer.path} is {TokenizerInfo.of(tokenizer)}: use that tokenizer, or prepare the corpus again"
         )
-
-
-def check_sizes(prefix: str | Path, manifest: Manifest) -> None:
-    """Raises UserError when a file of the corpus is missing or has not the size that the manifest says."""
-    for file in manifest.files:
-        path = manifest_path(prefix).with_name(file.name)
-        if (size := file_size(path)) != file.size:
-            raise UserError(f"{path} has {size} bytes, the manifest says {file.size}: truncated, or of another corpus")
-
-
-def file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error

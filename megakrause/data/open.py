@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megakrause.config import RunConfig, SourceConfig
 from megakrause.data.mixture import Mixture, Share
+from megakrause.data.remote import BlockCache, default_folder
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import MixedWindows, TokenWindows
@@ -13,7 +14,7 @@ from megakrause.errors import UserError
 def train_samples(config: RunConfig, tokenizer: Tokenizer) -> MixedWindows:
     """What data.train lists, mixed. Raises UserError when a corpus cannot be read, is listed twice, or when the
     sources may not be used as often as the run needs."""
-    data, train = config.data, config.train
+    data, train, cache = config.data, config.train, _cache(config)
 
     def share(source: SourceConfig, windows: TokenWindows) -> Share:
         limit = None if source.epochs is None else max(1, round(source.epochs * len(windows)))
@@ -21,7 +22,7 @@ def train_samples(config: RunConfig, tokenizer: Tokenizer) -> MixedWindows:
 
     windows = [
         TokenWindows(
-            Corpus.open(source.path, tokenizer, source.dtype),
+            Corpus.open(source.path, tokenizer, source.dtype, cache),
             train.seq_len,
             eos=tokenizer.eos,
             mask_documents=data.mask_documents,
@@ -51,5 +52,9 @@ def eval_windows(config: RunConfig, tokenizer: Tokenizer, prefix: str | None = N
     prefix = prefix or config.data.valid
     if prefix is None:
         return None
-    corpus = Corpus.open(prefix, tokenizer)
+    corpus = Corpus.open(prefix, tokenizer, cache=_cache(config))
     return TokenWindows(corpus, config.train.seq_len, eos=tokenizer.eos, mask_documents=config.data.mask_documents)
+
+
+def _cache(config: RunConfig) -> BlockCache:
+    return BlockCache(config.data.cache or default_folder(), config.data.cache_gib << 30)

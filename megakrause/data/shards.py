@@ -1,4 +1,5 @@
-"""The reader of corpora: ours and those of other software, in place, as blocks of documents over shards.
+"""The reader of corpora: ours and those of other software, in place, as blocks of documents over shards. They lie on
+this machine or anywhere that fsspec reads.
 
 PREFIX             PREFIX.manifest.json with the shards that it lists, or Megatron's and GPT-NeoX's PREFIX.bin/.idx
 FILE.ds            datatrove's and nanotron's, with FILE.ds.index
@@ -15,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megakrause.data.blob import Blob
 from megakrause.data.formats import Cuts, DatatroveShard, MegatronShard, NumpyShard, Shard
 from megakrause.data.layout import (
     Manifest,
-    check_sizes,
     check_tokenizer,
     corpus_prefix,
-    file_size,
     manifest_path,
+    parse_manifest,
     read_manifest,
     unfinished_path,
 )
+from megakrause.data.remote import BlockCache
+from megakrause.data.store import Store
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 
@@ -59,13 +60,19 @@ class Corpus:
             raise UserError(f"corpus {prefix} is empty: it holds no tokens")
 
     @classmethod
-    def open(cls, prefix: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None) -> Corpus:
-        """Opens the corpus at `prefix`. Headers and sizes are checked; hashes, where a manifest has them, when a block
-        is first read. dtype: of a token in files that do not say so.
+    def open(
+        cls,
+        prefix: str | Path,
+        tokenizer: Tokenizer | None = None,
+        dtype: str | None = None,
+        cache: BlockCache | None = None,
+    ) -> Corpus:
+        """Opens the corpus at `prefix`, a path or a URL. Headers and sizes are checked; hashes, where a manifest has
+        them, when a block is first read. dtype: of a token in files that do not say so. cache: for what a URL gives.
 
         Raises UserError when it is missing, unfinished, empty or damaged, or was made with another tokenizer."""
         prefix = corpus_prefix(prefix)
-        manifest, shards = find_shards(prefix, tokenizer, dtype)
+        manifest, shards = find_shards(prefix, Store(prefix, cache), tokenizer, dtype)
         corpus = cls(prefix, shards, manifest)
         if tokenizer:
             corpus.vocab_size = tokenizer.vocab_size
@@ -94,6 +101,11 @@ class Corpus:
         number, inside = self._blocks[block]
         return self._use(self.shards[number]), self.shards[number].documents(inside)
 
+    def announce(self, block: int) -> None:
+        """A block will be wanted soon."""
+        number, inside = self._blocks[block]
+        self.shards[number].ahead(inside)
+
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length), in the corpus's dtype. Raises IndexError outside the corpus."""
         if not 0 <= start <= start + length <= self.num_tokens:
@@ -113,65 +125,56 @@ class Corpus:
         if shard not in self._recent:
             self._recent.append(shard)
             if len(self._recent) > MAPPED:
-                for blob in vars(self._recent.pop(0)).values():
-                    if isinstance(blob, Blob):
-                        blob.release()
+                for blob in self._recent.pop(0).blobs:
+                    blob.release()
         return shard
 
 
 def find_shards(
-    prefix: str, tokenizer: Tokenizer | None = None, dtype: str | None = None
+    prefix: str, store: Store, tokenizer: Tokenizer | None = None, dtype: str | None = None
 ) -> tuple[Manifest | None, list[Shard]]:
     """(manifest, shards) of a corpus. Raises UserError when there is none, or it is not whole."""
-    path = manifest_path(prefix)
-    if path.exists():
-        manifest = read_manifest(path)
+    path = f"{prefix}.manifest.json"
+    if store.exists(path):
+        manifest = parse_manifest(path, store.read(path))
         check_tokenizer(prefix, manifest, tokenizer)
-        check_sizes(prefix, manifest)
-        return manifest, _manifest_shards(path.parent, manifest)
-    if unfinished_path(prefix).exists():
+        folder = path[: path.rfind("/") + 1]
+        blobs = [store.blob(folder + file.name, file.size, file.blocks, manifest.block_size) for file in manifest.files]
+        for blob in blobs:
+            if (size := store.size(blob.path)) != blob.size:
+                raise UserError(
+                    f"{blob.path} has {size} bytes, the manifest says {blob.size}: truncated, or of another corpus"
+                )
+        cuts: Sequence[Cuts | None] = manifest.blocks or [None] * (len(blobs) // 2)
+        return manifest, [MegatronShard(*files) for files in zip(blobs[::2], blobs[1::2], cuts, strict=True)]
+    if store.is_local and unfinished_path(prefix).exists():
         raise UserError(f"corpus {prefix} is unfinished: wait for its writer, or prepare it again")
-    if Path(f"{prefix}.idx").exists():
-        tokens, index = (Blob(file, file_size(file)) for file in (Path(prefix + ".bin"), Path(prefix + ".idx")))
-        return None, [MegatronShard(tokens, index)]
-    files = _other_files(Path(prefix))
+    if store.exists(f"{prefix}.idx"):
+        return None, [MegatronShard(store.blob(f"{prefix}.bin"), store.blob(f"{prefix}.idx"))]
+    files = _other_files(prefix, store)
     if not files:
         raise UserError(
             f"there is no corpus at {prefix}: neither {prefix}.manifest.json nor {prefix}.idx exists, and it is no "
             f".ds, {', '.join(NUMPY)} file, nor a folder of such"
         )
-    if files[0].suffix == ".ds":
-        indices = [Path(f"{file}.index") for file in files]
-        return None, [
-            DatatroveShard(Blob(file, file_size(file)), Blob(index, file_size(index)))
-            for file, index in zip(files, indices, strict=True)
-        ]
+    if files[0].endswith(".ds"):
+        return None, [DatatroveShard(store.blob(file), store.blob(f"{file}.index")) for file in files]
     eos = tokenizer.eos if tokenizer else None
-    return None, [
-        NumpyShard(Blob(file, file_size(file)), NUMPY[file.suffix] or (np.dtype(dtype) if dtype else None), eos)
-        for file in files
-    ]
+    types = [NUMPY[file[-4:]] or (np.dtype(dtype) if dtype else None) for file in files]
+    return None, [NumpyShard(store.blob(file), kind, eos) for file, kind in zip(files, types, strict=True)]
 
 
-def _manifest_shards(folder: Path, manifest: Manifest) -> list[Shard]:
-    blobs = [Blob(folder / file.name, file.size, file.blocks, manifest.block_size) for file in manifest.files]
-    cuts: Sequence[Cuts | None] = manifest.blocks or [None] * (len(blobs) // 2)
-    return [MegatronShard(tokens, index, cut) for tokens, index, cut in zip(blobs[::2], blobs[1::2], cuts, strict=True)]
-
-
-def _other_files(path: Path) -> list[Path]:
+def _other_files(path: str, store: Store) -> list[str]:
     """The files of one kind, .ds or numpy's, that a path is or has."""
-    if not path.is_dir():
-        return [path] if path.suffix in (".ds", *NUMPY) and path.exists() else []
-    for kinds in ([".ds"], list(NUMPY)):
-        if files := sorted(file for file in path.iterdir() if file.suffix in kinds):
-            return files
-    return []
+    if path.endswith((".ds", *NUMPY)):
+        return [path] if store.exists(path) else []
+    inside = store.files(path)
+    return [file for file in inside if file.endswith(".ds")] or [file for file in inside if file.endswith((*NUMPY,))]
 
 
 def is_corpus_folder(path: Path) -> bool:
-    """Whether a folder is a corpus itself."""
-    return bool(_other_files(path))
+    """Whether a folder on this machine is a corpus itself."""
+    return path.is_dir() and bool(_other_files(str(path), Store(str(path))))
 
 
 def shard_manifest(prefix: str) -> Manifest | None:

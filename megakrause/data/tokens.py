@@ -69,6 +69,7 @@ class TokenWindows:
         self.packing = packing
         self._key = None if seed is None else (seed, int(corpus.fingerprint[:16], 16))
         self.order = BlockOrder(num_windows(corpus.block_tokens, seq_len), self._key, group)
+        self._announced: list[int] = []  # blocks that will be wanted next
         self._packed = lru_cache(maxsize=2 * group)(self._pack)
 
     def __len__(self) -> int:
@@ -106,6 +107,10 @@ class TokenWindows:
             rows.targets.reshape(-1)[goal] = targets
             rows.mask.reshape(-1)[goal] = True
             rows.doc_start.reshape(-1)[goal] = np.repeat(place, length)
+        if len(samples) and (following := self.order.next_blocks(int(samples.max()))) != self._announced:
+            self._announced = following
+            for block in following:
+                self.corpus.announce(block)
 
     def _pack(self, epoch: int, block: int) -> tuple[np.ndarray, Pieces, np.ndarray]:
         """(first token of each document, the pieces, the first piece of each window and the end)"""

@@ -119,9 +119,10 @@ def test_learned_positions_run_out_with_a_clear_error() -> None:
 @pytest.mark.parametrize(
     "attention", ["krause", "softmax", "softmax_window", ["softmax", "krause", "softmax_window"]], ids=str
 )
+@pytest.mark.parametrize("positions", ["rope", "learned"])
 @torch.no_grad()
-def test_documents_packed_in_one_sequence_are_as_alone(attention: Any) -> None:
-    model = make_model(attention=attention)
+def test_documents_packed_in_one_sequence_are_as_alone(attention: Any, positions: str) -> None:
+    model = make_model(attention=attention, positions=positions, max_positions=30)
     text, lengths = tokens(2, 30), [1, 17, 1, 2, 9]
     doc_start = torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)]).int().expand(2, -1)
     packed = model(text, doc_start)
