@@ -6,18 +6,23 @@ import argparse
 import os
 import sys
 
+from megakrause.data.inputs import INPUT_HELP, SUFFIXES
 from megakrause.data.prepare import tokenize_corpus
-from megakrause.data.sources import SUFFIXES
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import run_command
 
 EXAMPLES = """examples:
-  python data_prep/tokenize_text.py --input corpus/ --tokenizer tokenizer.model --output data/corpus --workers 8
-  python data_prep/tokenize_text.py --input 'text/*.jsonl' --text-field content --tokenizer tokenizer.model \\
-      --output data/text --shard-mb 1024
+  python data_prep/tokenize_text.py --input corpus/ --tokenizer tokenizer.model --output data/corpus
+  python data_prep/tokenize_text.py --input 'text/*.jsonl.zst' more.parquet --text-field content \\
+      --tokenizer tokenizer.model --output data/text --shard-mb 1024
+  python data_prep/tokenize_text.py --input stories.txt --document-separator '<|endoftext|>' \\
+      --tokenizer tokenizer.model --output data/stories
+  python data_prep/tokenize_text.py --input hf:HuggingFaceFW/fineweb-edu:sample-10BT@train \\
+      --tokenizer tokenizer.model --output data/fineweb
 
-A text or source file is one document, each line of a .jsonl file is one; every document ends with the tokenizer's
-separator. What cannot be read is listed in PREFIX.quarantine.jsonl.
+A text or source file is one document, each line of a .jsonl file is one, each row of a .parquet file or a dataset is
+one; .gz and .zst files of text and .jsonl are read as they are. Every document ends with the tokenizer's separator.
+What cannot be read is listed in PREFIX.quarantine.jsonl. Interrupted or killed, the same command goes on.
 """
 
 
@@ -27,19 +32,46 @@ def positive(text: str) -> int:
     return value
 
 
+def number_or_share(text: str) -> int | float:
+    """ "5" is 5, "5%" is 0.05."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else int(text)
+        if value < 0 or (isinstance(value, float) and not value <= 1):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number, as 25, nor a percentage, as 0.5%") from None
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders, or globs in quotes")
+    parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
     parser.add_argument("--tokenizer", required=True, help="SentencePiece .model file")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the corpus's files")
+    parser.add_argument("--overwrite", action="store_true", help="replace the corpus if there is one")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument(
         "--suffix", nargs="+", default=SUFFIXES, help=f"of files in folders; default: {' '.join(SUFFIXES)}"
     )
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to pass over")
-    parser.add_argument("--text-field", default="text", help="field of .jsonl objects; default: text")
+    parser.add_argument("--text-field", default="text", help="field of objects, column of tables; default: text")
+    parser.add_argument(
+        "--document-separator", metavar="LINE", help="line that parts documents in text files; default: none does"
+    )
+    parser.add_argument(
+        "--eos", metavar="PIECE", help="of the tokenizer, after every document, or none; default: its own separator"
+    )
+    parser.add_argument("--min-chars", type=int, default=0, help="shorter documents are left out; default: 0")
+    parser.add_argument("--max-chars", type=positive, help="longer documents are left out; default: none is")
+    parser.add_argument(
+        "--max-rejected",
+        type=number_or_share,
+        default="1%",
+        metavar="N",
+        help="stop at more bad documents than this, a number or a percentage; default: 1%%",
+    )
     parser.add_argument("--shard-mb", type=positive, default=4096, help="largest .bin file, in MiB; default: 4096")
     parser.add_argument(
         "--max-document-mb", type=positive, default=256, help="longer documents are quarantined; default: 256"
@@ -55,12 +87,19 @@ def main() -> None:
             suffixes=arguments.suffix,
             exclude=arguments.exclude,
             text_field=arguments.text_field,
+            document_separator=arguments.document_separator,
+            eos=arguments.eos,
+            min_chars=arguments.min_chars,
+            max_chars=arguments.max_chars,
+            max_rejected=arguments.max_rejected,
+            overwrite=arguments.overwrite,
             shard_bytes=arguments.shard_mb << 20,
             max_document=arguments.max_document_mb << 20,
         )
         print(
             f"{arguments.output}: {summary.documents} documents, {summary.tokens} tokens, {summary.text_bytes} bytes "
-            f"({summary.text_bytes / summary.tokens:.2f} per token); {summary.empty} empty documents left out"
+            f"({summary.text_bytes / summary.tokens:.2f} per token); {summary.empty} empty and {summary.filtered} "
+            "filtered documents left out"
         )
         if summary.rejected:
             print(f"{summary.rejected} documents were rejected, see {summary.quarantine}", file=sys.stderr)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megakrause.data.sources import SUFFIXES, read_texts
+from megakrause.data.inputs import INPUT_HELP, SUFFIXES
+from megakrause.data.sources import read_texts
 from megakrause.data.tokenizer import train_tokenizer
 from megakrause.errors import run_command
 
 EXAMPLES = """examples:
   python data_prep/train_tokenizer.py --input corpus/ --vocab-size 32000 --output tokenizer.model
-  python data_prep/train_tokenizer.py --input 'text/*.jsonl' notes.txt --vocab-size 4096 --output small.model
+  python data_prep/train_tokenizer.py --input 'text/*.jsonl' notes.parquet --vocab-size 4096 --output small.model
 """
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders, or globs in quotes")
+    parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
     parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, 256 of them single bytes")
     parser.add_argument("--output", required=True, help="the .model file to write")
     parser.add_argument("--kind", choices=["bpe", "unigram"], default="bpe", help="default: bpe")
@@ -28,12 +29,19 @@ def main() -> None:
         "--suffix", nargs="+", default=SUFFIXES, help=f"of files in folders; default: {' '.join(SUFFIXES)}"
     )
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to pass over")
-    parser.add_argument("--text-field", default="text", help="field of .jsonl objects; default: text")
+    parser.add_argument("--text-field", default="text", help="field of objects, column of tables; default: text")
+    parser.add_argument(
+        "--document-separator", metavar="LINE", help="line that parts documents in text files; default: none does"
+    )
     arguments = parser.parse_args()
 
     def run() -> None:
         texts = read_texts(
-            arguments.input, suffixes=arguments.suffix, exclude=arguments.exclude, text_field=arguments.text_field
+            arguments.input,
+            suffixes=arguments.suffix,
+            exclude=arguments.exclude,
+            text_field=arguments.text_field,
+            document_separator=arguments.document_separator,
         )
         tokenizer = train_tokenizer(
             texts,

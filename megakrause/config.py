@@ -113,7 +113,10 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """A corpus to train on, and its part in the mix."""
 
-    path: str = Field(description="corpus PREFIX")
+    path: str = Field(
+        description="corpus PREFIX; or text that is tokenized while it is read: files of .jsonl, .parquet, .txt and so "
+        "on, as one name or a pattern, or a dataset hf:ID"
+    )
     weight: Annotated[float, Field(ge=0)] | list[Annotated[tuple[int, float], Field(strict=False)]] = Field(
         default=1.0,
         description="its share of the sequences; or [[0, w], [step, w], ...]: from these steps on",
@@ -124,6 +127,8 @@ class SourceConfig(Section):
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = Field(
         default=None, description="of a token, in files that do not say so"
     )
+    text_field: str = Field(default="text", description="of the objects or rows of text")
+    separator: str | None = Field(default=None, description="line between the documents of text files")
 
     @model_validator(mode="after")
     def check(self) -> SourceConfig:
@@ -159,6 +164,7 @@ class DataConfig(Section):
         default=8, gt=0, description="blocks (of 65,536 documents, fewer long ones) whose sequences are mixed at a time"
     )
     prefetch: int = Field(default=4, ge=0, description="global batches read ahead")
+    workers: int = Field(default=2, ge=0, description="processes of each rank that tokenize text while it is read")
     cache: str | None = Field(
         default=None, description="folder on each host for what is read from URLs; default: ~/.cache/megakrause"
     )

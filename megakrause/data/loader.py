@@ -5,14 +5,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from megakrause.batch import TokenBatch
-from megakrause.data.tokens import Samples, TokenWindows
+from megakrause.data.tokens import TokenWindows
 
 T = TypeVar("T")
+
+
+class Samples(Protocol):
+    """What batches are made of."""
+
+    def batch(self, samples: np.ndarray) -> TokenBatch:
+        """Samples [b] counted over epochs from 0; -1: a row of padding."""
+        ...
 
 
 def train_batches(

@@ -1,67 +1,68 @@
-"""From files of text to a corpus: every document encoded, in order, by as many processes as wished.
+"""From inputs to a corpus: every document encoded, in order, by as many processes as wished.
 
-What cannot be read goes to PREFIX.quarantine.jsonl with its source and the reason; empty documents are left out and
-counted.
+What cannot be read goes to PREFIX.quarantine.jsonl with its place and the reason; empty documents and those that a
+filter drops are left out and counted. Stopped at any moment, the same call goes on where the writer's journal says.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import errno
+import sys
+import time
+from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import sentencepiece
+import tokenizers
+import xxhash
+from pydantic import BaseModel
 from tqdm import tqdm
 
-from megakrause.data.layout import TokenizerInfo, token_dtype
-from megakrause.data.sources import (
-    MAX_DOCUMENT,
-    QUARANTINE,
-    SUFFIXES,
-    Part,
-    Rejected,
-    cut_parts,
-    find_files,
-    group_parts,
-    read_part,
-)
-from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.encode import Encoded, EncodeOptions, encode_groups
+from megakrause.data.huggingface_tokenizer import TOKENIZER
+from megakrause.data.inputs import SUFFIXES, Input, find_inputs
+from megakrause.data.journal import journal_path, read_journal
+from megakrause.data.layout import TokenizerInfo, manifest_path
+from megakrause.data.quarantine import Quarantine
+from megakrause.data.records import MAX_DOCUMENT, ReadOptions
+from megakrause.data.sources import Part, cut_parts, group_parts
+from megakrause.data.tokenizer import MODEL, Tokenizer
 from megakrause.data.writer import SHARD_BYTES, CorpusWriter
 from megakrause.errors import UserError
 
+SAVE_SECONDS = 3.0  # of work that a kill can cost
+ENOUGH = 1000  # documents, of which a share means something
+NO_SEPARATOR = "none"
 
-@dataclass
-class Documents:
-    """What became of a few parts."""
 
-    tokens: np.ndarray  # [n] in the corpus's dtype, every document with its separator
-    lengths: np.ndarray  # int32 [documents]
-    text_bytes: int = 0
+class Progress(BaseModel):
+    """How far the inputs have gone into the corpus, and what did not."""
+
+    input: int = 0  # the first that is not done
+    start: int = 0  # where in it to go on, see `Part`
+    line: int = 0  # lines of it before there
+    done: int = 0  # bytes of it before there
+    quarantine: int = 0  # bytes of the quarantine file
     empty: int = 0
-    lines: list[int] = field(default_factory=list)  # of each part
-    rejected: list[list[Rejected]] = field(default_factory=list)  # of each part, lines counted from its first
+    filtered: int = 0
+    rejected: int = 0
 
 
 @dataclass
 class Summary:
     """What `tokenize_corpus` did."""
 
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    empty: int = 0
-    rejected: int = 0
-    quarantine: Path | None = None  # lists what was rejected, if anything was
+    documents: int
+    tokens: int
+    text_bytes: int
+    empty: int
+    filtered: int
+    rejected: int
+    quarantine: Path | None  # lists what was rejected, if anything was
 
 
 def tokenize_corpus(
@@ -73,123 +74,168 @@ def tokenize_corpus(
     suffixes: Iterable[str] = SUFFIXES,
     exclude: Iterable[str] = (),
     text_field: str = "text",
+    document_separator: str | None = None,
+    eos: str | None = None,
+    min_chars: int = 0,
+    max_chars: int | None = None,
+    max_rejected: int | float | None = None,
+    overwrite: bool = True,
     shard_bytes: int = SHARD_BYTES,
     max_document: int = MAX_DOCUMENT,
 ) -> Summary:
-    """Writes the corpus `prefix` (see writer.py) from `inputs` (see `find_files`): every document, then the separator.
+    """Writes the corpus `prefix` (see writer.py) from `inputs` (see `find_inputs`): every document, then a separator.
 
-    The files are the same for any number of `workers`. Memory is bounded by the workers and the largest document; one
-    of more than `max_document` bytes is quarantined. Raises UserError when no input matches or none has any text."""
-    files = find_files(inputs, suffixes, exclude)
-    quarantine = Path(f"{prefix}{QUARANTINE}")
-    summary = Summary()
-    with (
-        CorpusWriter(prefix, TokenizerInfo.of(tokenizer), shard_bytes=shard_bytes) as writer,
-        tqdm(
-            total=sum(part.size for part in cut_parts(files)), desc="tokenizing", unit="B", unit_scale=True
-        ) as progress,
-        closing(_encoded(group_parts(cut_parts(files)), tokenizer, text_field, max_document, workers)) as groups,
-    ):
-        quarantine.unlink(missing_ok=True)
-        line = 0  # of the file under way, before the part under way
-        for parts, made in groups:
-            writer.add(made.tokens, made.lengths, made.text_bytes)
-            summary.empty += made.empty
-            for part, lines, rejected in zip(parts, made.lines, made.rejected, strict=True):
-                line = line if part.start else 0
-                _append(quarantine, [replace(one, line=one.line and line + one.line) for one in rejected])
-                summary.rejected += len(rejected)
-                line += lines
-                progress.update(part.size)
-            rate = writer.num_tokens / max(progress.format_dict["elapsed"], 1e-3)
-            progress.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
-    summary.documents, summary.tokens, summary.text_bytes = writer.num_documents, writer.num_tokens, writer.text_bytes
-    summary.quarantine = quarantine if summary.rejected else None
-    return summary
+    `document_separator` is the line that parts documents in text files. `eos` is the piece after every document,
+    "none" for no piece, else the tokenizer's own. Documents of fewer characters than `min_chars`, or of more than
+    `max_chars`, are left out. More than `max_rejected` bad documents, a number (int) or a share (float), stop the run.
 
-
-def _append(path: Path, entries: list[Rejected]) -> None:
-    if entries:
-        with path.open("a") as file:
-            file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
-
-
-def _encode(parts: list[Part], tokenizer: Tokenizer, text_field: str, max_document: int) -> Documents:
-    dtype = token_dtype(tokenizer.vocab_size)
-    separator = np.array([tokenizer.eos], dtype)
-    tokens: list[np.ndarray] = [np.empty(0, dtype)]
-    lengths: list[int] = []
-    made = Documents(tokens[0], np.empty(0, np.int32))
-    for part in parts:
-        lines, rejected = 0, []
-        for item in read_part(part, text_field, max_document):
-            lines += 1
-            if isinstance(item, Rejected):
-                rejected.append(item)
-            elif not item:
-                made.empty += 1
-            else:
-                ids = tokenizer.encode_array(item)
-                tokens += [ids.astype(dtype), separator]
-                lengths.append(len(ids) + 1)
-                made.text_bytes += len(item.encode())
-        made.lines.append(lines)
-        made.rejected.append(rejected)
-    made.tokens, made.lengths = np.concatenate(tokens), np.array(lengths, np.int32)
-    return made
+    The files are the same for any number of `workers` and of interruptions. Memory is bounded by the workers and the
+    largest document or row group; a document of more than `max_document` bytes is quarantined. Raises UserError when no
+    input matches, none has any text, too much is rejected, the disk is full, or, without `overwrite`, there is such a
+    corpus."""
+    sources = find_inputs(inputs, suffixes, exclude)
+    reading = ReadOptions(text_field, document_separator, max_document)
+    options = EncodeOptions(reading, _separator(tokenizer, eos), min_chars, max_chars)
+    settings = {
+        "inputs": xxhash.xxh3_128_hexdigest(repr(sources).encode()),
+        "tokenizer": tokenizer.fingerprint,
+        "shard_bytes": shard_bytes,
+        **asdict(reading),
+        "eos": options.eos,
+        "min_chars": min_chars,
+        "max_chars": max_chars,
+    }
+    if not overwrite and manifest_path(prefix).exists() and not _was_finishing(prefix, settings):
+        raise UserError(f"the corpus {prefix} is there and finished: choose another name, or --overwrite")
+    try:
+        with CorpusWriter(prefix, TokenizerInfo.of(tokenizer), shard_bytes=shard_bytes, settings=settings) as writer:
+            run = _Run(sources, writer, max_rejected)
+            parts = cut_parts(sources, reading, run.progress.input, run.progress.start)
+            with closing(encode_groups(group_parts(parts), tokenizer, options, workers)) as groups, run.bar:
+                for group, made in groups:
+                    run.add(group, made)
+            run.finish()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk of {prefix} is full: make room and run the same again{_what_is_kept(prefix)}"
+        ) from error
+    except KeyboardInterrupt:
+        tqdm.write(f"interrupted: run the same again{_what_is_kept(prefix)}", file=sys.stderr)
+        raise
+    return run.summary()
 
 
-def _encoded(
-    groups: Iterable[list[Part]], tokenizer: Tokenizer, text_field: str, max_document: int, workers: int
-) -> Generator[tuple[list[Part], Documents], None, None]:
-    """Every group with what became of it, in order; at most 4 x workers of them are under way."""
-    if workers <= 1:
-        for group in groups:
-            yield group, _encode(group, tokenizer, text_field, max_document)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pending: deque[tuple[list[Part], Future[Documents]]] = deque()
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        try:
-            for group in groups:
-                work = pool.submit(
-                    _encode_in_worker, group, tokenizer.path, tokenizer.fingerprint, text_field, max_document
-                )
-                pending.append((group, work))
-                if len(pending) == 4 * workers:
-                    group, work = pending.popleft()
-                    yield group, work.result()
-            while pending:
-                group, work = pending.popleft()
-                yield group, work.result()
-        except BrokenProcessPool as error:
-            raise UserError("a worker process died, perhaps for want of memory; use fewer workers") from error
-        finally:
-            for _, work in pending:
-                work.cancel()
+class _Run:
+    """The progress of one call."""
+
+    def __init__(self, sources: list[Input], writer: CorpusWriter, max_rejected: int | float | None) -> None:
+        self.progress = Progress(**(writer.progress or {}))
+        self._quarantine = Quarantine(writer.prefix, self.progress.quarantine)
+        self._writer = writer
+        self._max_rejected = max_rejected
+        if writer.progress:
+            documents, tokens = writer.num_documents, writer.num_tokens
+            tqdm.write(f"going on after {documents} documents, {tokens} tokens", file=sys.stderr)
+        elif writer.anew:
+            tqdm.write(f"starting anew: {writer.anew}", file=sys.stderr)
+        self._tokens_before = writer.num_tokens
+        self._sizes = [source.size for source in sources]
+        self._starts = list(accumulate(self._sizes, initial=0))  # of each input, in all bytes of input
+        unknown = any(source.kind == "dataset" and not source.size for source in sources)
+        self.bar = tqdm(
+            total=None if unknown else self._starts[-1],
+            initial=self._position(),
+            desc="tokenizing",
+            unit="B",
+            unit_scale=True,
+        )
+        self._saved = time.monotonic()
+
+    def add(self, parts: list[Part], made: Encoded) -> None:
+        progress = self.progress
+        self._writer.add(made.tokens, made.lengths, made.text_bytes)
+        progress.empty += made.empty
+        progress.filtered += made.filtered
+        for part, lines, rejected in zip(parts, made.lines, made.rejected, strict=True):
+            if part.number != progress.input:
+                progress.line = 0
+            self._quarantine.add(replace(one, line=one.line and progress.line + one.line) for one in rejected)
+            progress.rejected += len(rejected)
+            progress.input, progress.start, progress.done = part.number, part.stop, part.done
+            progress.line += lines
+        self.bar.update(self._position() - self.bar.n)
+        rate = (self._writer.num_tokens - self._tokens_before) / max(self.bar.format_dict["elapsed"], 1e-3)
+        self.bar.set_postfix_str(f"{rate / 1e6:.2f}M tokens/s", refresh=False)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self._save()
+        self._check_rejected(ENOUGH)
+
+    def finish(self) -> None:
+        self.progress.input, self.progress.start, self.progress.line, self.progress.done = len(self._sizes), 0, 0, 0
+        self._save()
+        self._check_rejected(1)
+
+    def summary(self) -> Summary:
+        writer, progress = self._writer, self.progress
+        return Summary(
+            documents=writer.num_documents,
+            tokens=writer.num_tokens,
+            text_bytes=writer.text_bytes,
+            empty=progress.empty,
+            filtered=progress.filtered,
+            rejected=progress.rejected,
+            quarantine=self._quarantine.path if progress.rejected else None,
+        )
+
+    def _save(self) -> None:
+        self.progress.quarantine = self._quarantine.sync()
+        self._writer.save(self.progress.model_dump())
+        self._saved = time.monotonic()
+
+    def _check_rejected(self, enough: int) -> None:
+        """Raises UserError when too many documents were rejected; a share counts once there are `enough` of them."""
+        progress, limit = self.progress, self._max_rejected
+        if limit is None:
+            return
+        seen = self._writer.num_documents + progress.empty + progress.filtered + progress.rejected
+        allowed = limit if isinstance(limit, int) else limit * seen if seen >= enough else seen
+        if progress.rejected > allowed:
+            self._save()
+            said = limit if isinstance(limit, int) else f"{limit:.4g} of all"
+            raise UserError(
+                f"{progress.rejected} of {seen} documents were rejected, more than {said}: "
+                f"see {self._quarantine.path}, mend the input or allow more"
+            )
+
+    def _position(self) -> int:
+        """Bytes of input that are done."""
+        number = self.progress.input
+        return self._starts[number] + (self.progress.done if number < len(self._sizes) else 0)
 
 
-def _start_worker() -> None:
-    """Interrupts are the parent's to handle, and a worker does not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _separator(tokenizer: Tokenizer, eos: str | None) -> int | None:
+    """The token after every document, if there is to be one."""
+    if eos is None:
+        return tokenizer.eos
+    if eos == NO_SEPARATOR:
+        return None
+    if MODEL in tokenizer.files:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files[MODEL])
+        piece = processor.piece_to_id(eos) if processor.id_to_piece(processor.piece_to_id(eos)) == eos else None
+    else:
+        piece = tokenizers.Tokenizer.from_buffer(tokenizer.files[TOKENIZER]).token_to_id(eos)
+    if piece is None:
+        raise UserError(f"tokenizer {tokenizer.path} has no piece {eos}; give another, or {NO_SEPARATOR}")
+    return piece
 
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+def _was_finishing(prefix: str | Path, settings: dict[str, Any]) -> bool:
+    """Whether the corpus that is there is what a call with these settings had all but finished."""
+    journal = read_journal(prefix)
+    return journal is not None and journal.finished and journal.settings == settings
 
 
-def _encode_in_worker(parts: list[Part], path: str, fingerprint: str, text_field: str, max_document: int) -> Documents:
-    return _encode(parts, _load_once(path, fingerprint), text_field, max_document)
-
-
-@lru_cache(maxsize=1)
-def _load_once(path: str, fingerprint: str) -> Tokenizer:
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.fingerprint != fingerprint:
-        raise UserError(f"tokenizer {path} changed while it was in use")
-    return tokenizer
+def _what_is_kept(prefix: str | Path) -> str:
+    return "; it goes on where it was" if journal_path(prefix).exists() else ""

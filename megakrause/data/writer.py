@@ -1,4 +1,4 @@
-"""The writer of corpora: hashes while it writes, and publishes all files or none."""
+"""The writer of corpora: hashes while it writes, publishes all files or none, and goes on where a dead one stopped."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import os
 import re
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
-import xxhash
 
+from megakrause.data.blob import LocalBlob
+from megakrause.data.formats import Cuts, MegatronShard
+from megakrause.data.journal import (
+    Journal,
+    journal_path,
+    read_journal,
+    remove_journal,
+    sync_folder,
+    write_journal,
+)
 from megakrause.data.layout import (
     BLOCK,
-    DTYPES,
-    HEADER,
-    MAGIC,
     FileInfo,
     Manifest,
     TokenizerInfo,
@@ -23,6 +30,7 @@ from megakrause.data.layout import (
     token_dtype,
     unfinished_path,
 )
+from megakrause.data.shard_files import ShardFiles, size_of, temporary_path
 from megakrause.errors import UserError
 
 SHARD_BYTES = 4 << 30
@@ -32,18 +40,33 @@ class CorpusWriter:
     """Writes a corpus, as a context: leaving it commits, an exception inside leaves what stood there before.
 
     Everything is written under temporary names in the corpus's folder, synced, renamed, the manifest last; killed at
-    any moment, it leaves the old corpus or nothing that opens. Memory: 4 bytes per document of the open shard.
+    any moment, it leaves the old corpus or nothing that opens. Memory does not grow with the corpus.
+
+    Given `settings`, what was added up to the last `save` outlives an exception and a kill: a writer with the same
+    settings goes on there, and `progress` is what that `save` was given. `anew` says why it does not, if it could have.
     """
 
-    def __init__(self, prefix: str | Path, tokenizer: TokenizerInfo, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """Raises UserError when the folder cannot be written, or another process is writing this corpus."""
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: TokenizerInfo,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """`settings`: JSON that determines every document that will be added. Raises UserError when the folder cannot
+        be written, or another process is writing this corpus."""
         self.prefix = Path(prefix)
         self.tokenizer = tokenizer
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.num_tokens = self.num_documents = self.text_bytes = 0
+        self.progress: dict[str, Any] | None = None
+        self.anew: str | None = None
+        self._settings = settings
         self._shard_tokens = max(1, shard_bytes // self.dtype.itemsize)
         self._files: list[FileInfo] = []  # of finished shards
-        self._shard: _Shard | None = None
+        self._blocks: list[Cuts] = []  # of each of them
+        self._shard: ShardFiles | None = None
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._lock = unfinished_path(prefix).open("a")
@@ -52,8 +75,15 @@ class CorpusWriter:
             raise UserError(f"another process is writing the corpus {prefix}; wait, or choose another name") from error
         except OSError as error:
             raise UserError(f"cannot write a corpus at {prefix}: {error.strerror}") from error
-        for stale in self._paths(temporary=True):
-            stale.unlink()
+        journal = read_journal(prefix)
+        if journal:
+            self.anew = self._why_anew(journal)
+        if journal and not self.anew:
+            self._restore(journal)
+        else:
+            remove_journal(prefix)
+            for stale in self._paths(temporary=True):
+                stale.unlink()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Appends whole documents: `tokens` [n] of one after the other, their `lengths` [documents], and the size of
@@ -76,6 +106,13 @@ class CorpusWriter:
         self.num_documents += len(lengths)
         self.text_bytes += text_bytes
 
+    def save(self, progress: dict[str, Any]) -> None:
+        """Makes what was added so far outlive this process, with `progress`: JSON that says where to go on."""
+        self.progress = progress
+        if self._shard:
+            self._shard.sync()
+        self._write_journal(finished=False)
+
     def __enter__(self) -> CorpusWriter:
         return self
 
@@ -86,31 +123,83 @@ class CorpusWriter:
             if kind is None:
                 self._finish_shard()
                 if not self.num_tokens:
+                    remove_journal(self.prefix)
                     raise UserError(f"no document has any text: the corpus {self.prefix} would be empty")
         except BaseException:
-            self._discard()
+            self._leave()
             raise
         if kind is None:
+            if self._settings is not None:
+                self._write_journal(finished=True)
             self._publish()
         else:
-            self._discard()
+            self._leave()
         self._lock.close()
 
-    def _next_shard(self) -> _Shard:
-        self._shard = _Shard(self.prefix.with_name(f"{self.prefix.name}-{len(self._files) // 2:05d}"), self.dtype)
+    def _why_anew(self, journal: Journal) -> str | None:
+        """What forbids to go on from a journal."""
+        settings = self._settings or {}
+        names = {*settings, *journal.settings}
+        if changed := sorted(name for name in names if settings.get(name) != journal.settings.get(name)):
+            return f"{', '.join(changed)} changed"
+        for info, final in zip(journal.files, self._final_paths(journal.files), strict=True):
+            path = temporary_path(self.prefix.with_name(info.name))
+            if size_of(path) != info.size and not (journal.finished and size_of(final) == info.size):
+                return f"{path} has not the {info.size} bytes that were written"
+        if journal.shard:
+            path = self._shard_path(len(journal.files) // 2)
+            if not ShardFiles.is_whole(path, self.dtype, journal.shard):
+                return f"{path} has not the {journal.shard.tokens} tokens that were written"
+        return None
+
+    def _restore(self, journal: Journal) -> None:
+        self.progress = journal.progress
+        self.num_tokens, self.num_documents = journal.tokens, journal.documents
+        self.text_bytes = journal.text_bytes
+        self._files, self._blocks = journal.files, journal.blocks
+        if journal.shard:
+            self._shard = ShardFiles(self._shard_path(len(self._files) // 2), self.dtype, BLOCK, journal.shard)
+
+    def _write_journal(self, *, finished: bool) -> None:
+        journal = Journal(
+            settings=self._settings or {},
+            progress=self.progress or {},
+            tokens=self.num_tokens,
+            documents=self.num_documents,
+            text_bytes=self.text_bytes,
+            files=self._files,
+            blocks=self._blocks,
+            shard=self._shard.state() if self._shard else None,
+            finished=finished,
+        )
+        write_journal(self.prefix, journal)
+
+    def _shard_path(self, number: int) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}-{number:05d}")
+
+    def _next_shard(self) -> ShardFiles:
+        self._shard = ShardFiles(self._shard_path(len(self._files) // 2), self.dtype, BLOCK)
         return self._shard
 
     def _finish_shard(self) -> None:
         if self._shard:
             self._files += self._shard.finish()
+            tokens, index = (
+                LocalBlob(str(temporary_path(self.prefix.with_name(info.name))), info.size) for info in self._files[-2:]
+            )
+            self._blocks.append(MegatronShard(tokens, index).cuts)
             self._shard = None
 
+    def _final_paths(self, files: list[FileInfo]) -> list[Path]:
+        """The names of shards when all are there: one alone has no number."""
+        if len(files) == 2:
+            return [self.prefix.with_name(self.prefix.name + file.name[-4:]) for file in files]
+        return [self.prefix.with_name(file.name) for file in files]
+
     def _publish(self) -> None:
-        """Puts the new files in the place of the old, in an order that lets nothing half-done open."""
-        written = [self.prefix.with_name(file.name) for file in self._files]
-        if len(written) == 2:
-            for file in self._files:
-                file.name = self.prefix.name + file.name[-4:]
+        """Puts the new files in the place of the old, in an order that lets nothing half-done open, and that can begin
+        again after any step."""
+        final = self._final_paths(self._files)
         manifest = Manifest(
             dtype=self.dtype.name,
             tokens=self.num_tokens,
@@ -118,107 +207,43 @@ class CorpusWriter:
             text_bytes=self.text_bytes,
             block_size=BLOCK,
             tokenizer=self.tokenizer,
-            files=self._files,
+            files=[
+                FileInfo(name=path.name, size=info.size, blocks=info.blocks)
+                for path, info in zip(final, self._files, strict=True)
+            ],
+            blocks=self._blocks,
         )
         with unfinished_path(self.prefix).open("w") as output:
             output.write(manifest.model_dump_json(indent=1) + "\n")
             output.flush()
             os.fsync(output.fileno())
         manifest_path(self.prefix).unlink(missing_ok=True)
-        _sync_folder(self.prefix.parent)
-        for old in self._paths(temporary=False):
+        sync_folder(self.prefix.parent)
+        for old in set(self._paths(temporary=False)).difference(final):
             old.unlink()
-        for path, info in zip(written, self._files, strict=True):
-            os.replace(_temporary(path), path.with_name(info.name))
-        _sync_folder(self.prefix.parent)
+        for path, info in zip(final, self._files, strict=True):
+            written = temporary_path(self.prefix.with_name(info.name))
+            if written.exists():  # else an earlier attempt came past here
+                os.replace(written, path)
+        sync_folder(self.prefix.parent)
         os.replace(unfinished_path(self.prefix), manifest_path(self.prefix))
-        _sync_folder(self.prefix.parent)
+        sync_folder(self.prefix.parent)
+        remove_journal(self.prefix)
 
-    def _discard(self) -> None:
+    def _leave(self) -> None:
+        """After an exception: keeps what can go on."""
         if self._shard:
             self._shard.close()
+        if not journal_path(self.prefix).exists():
+            self._discard()
+
+    def _discard(self) -> None:
         for path in self._paths(temporary=True):
             path.unlink()
+        remove_journal(self.prefix)
         unfinished_path(self.prefix).unlink(missing_ok=True)
 
     def _paths(self, *, temporary: bool) -> list[Path]:
         """This prefix's shards in the folder."""
         pattern = re.compile(re.escape(self.prefix.name) + r"(-\d{5})?\.(bin|idx)" + (r"\.tmp" if temporary else ""))
         return [path for path in self.prefix.parent.iterdir() if pattern.fullmatch(path.name)]
-
-
-class _Shard:
-    """A pair of files in the making."""
-
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.num_tokens = 0
-        self._dtype = dtype
-        self._lengths: list[np.ndarray] = []
-        self._bin = _HashedFile(path.with_name(path.name + ".bin"))
-        self._idx = _HashedFile(path.with_name(path.name + ".idx"))
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        self._bin.write(np.ascontiguousarray(tokens).data)
-        self._lengths.append(lengths.astype("<i4"))
-        self.num_tokens += len(tokens)
-
-    def finish(self) -> list[FileInfo]:
-        lengths = np.concatenate(self._lengths)
-        offsets = np.zeros(len(lengths), "<i8")
-        np.cumsum(lengths[:-1], out=offsets[1:])
-        code = next(code for code, dtype in DTYPES.items() if dtype == self._dtype)
-        documents = np.arange(len(lengths) + 1, dtype="<i8")
-        self._idx.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(documents)))
-        for part in (lengths, offsets * self._dtype.itemsize, documents):
-            self._idx.write(part.data)
-        return [self._bin.finish(), self._idx.finish()]
-
-    def close(self) -> None:
-        self._bin.file.close()
-        self._idx.file.close()
-
-
-class _HashedFile:
-    """A new file under a temporary name, hashed block by block as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = _temporary(path).open("wb")
-        self._name = path.name
-        self._size = 0
-        self._hash = xxhash.xxh3_128()
-        self._blocks: list[str] = []
-
-    def write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data).cast("B")
-        while rest:
-            part = rest[: BLOCK - self._size % BLOCK]
-            self.file.write(part)
-            self._hash.update(part)
-            self._size += len(part)
-            if self._size % BLOCK == 0:
-                self._end_block()
-            rest = rest[len(part) :]
-
-    def finish(self) -> FileInfo:
-        if self._size % BLOCK:
-            self._end_block()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return FileInfo(name=self._name, size=self._size, blocks=self._blocks)
-
-    def _end_block(self) -> None:
-        self._blocks.append(self._hash.hexdigest())
-        self._hash.reset()
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

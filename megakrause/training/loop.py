@@ -144,6 +144,7 @@ class Trainer:
             watch.close()
             bar.close()
             batches.close()
+            self.samples.close()
             if log is not None:
                 log.close()
 
@@ -196,6 +197,7 @@ class Trainer:
                 "tokens": self.tokens,
                 "ranks": self.mesh.world.size,
                 "train_data": self.samples.past(self.position),
+                "streams": self.samples.stream_states(self.position),
                 "tokenizer": self.tokenizer.fingerprint,
             },
             files={"config.toml": self.config.to_toml().encode(), **self.tokenizer.files},
@@ -255,6 +257,7 @@ class Trainer:
         self.engine.load(checkpoint)
         self.step, self.position = checkpoint.step, checkpoint.state["position"]
         self.tokens = checkpoint.state["tokens"]
+        self.samples.resume(checkpoint.state["streams"])
         rng = checkpoint.rng(self.mesh.world.rank) if checkpoint.state["ranks"] == self.mesh.world.size else {}
         if "cpu" in rng:
             torch.set_rng_state(rng["cpu"])

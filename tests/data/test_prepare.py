@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import runpy
@@ -5,18 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from megakrause.data import sources
+from megakrause.data import shard_files, sources
+from megakrause.data.check import verify_corpus
+from megakrause.data.inputs import Input, find_files, find_inputs
 from megakrause.data.prepare import tokenize_corpus
-from megakrause.data.shards import Corpus, verify_corpus
-from megakrause.data.sources import Part, Rejected, cut_parts, find_files, read_part, read_texts
+from megakrause.data.quarantine import Rejected
+from megakrause.data.records import ReadOptions
+from megakrause.data.shards import Corpus
+from megakrause.data.sources import Part, cut_parts, read_part, read_texts
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 
@@ -26,12 +35,14 @@ ROOT = Path(__file__).parents[2]
 def documents_of(prefix: str | Path, tokenizer: Tokenizer) -> list[str]:
     """The corpus decoded; every document must end with its separator, and have no other."""
     corpus = Corpus.open(prefix, tokenizer)
-    bounds = [*corpus.document_starts.tolist(), corpus.num_tokens]
-    result = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        ids = corpus.read(start, stop - start).tolist()
-        assert ids.index(tokenizer.eos) == len(ids) - 1
-        result.append(tokenizer.decode(ids))
+    result: list[str] = []
+    for block in range(len(corpus.block_tokens)):
+        shard, bounds = corpus.documents_of(block)
+        for start, stop in pairwise(bounds.tolist()):
+            ids = shard.tokens.array(corpus.dtype, start * corpus.dtype.itemsize, stop - start).tolist()
+            assert ids.index(tokenizer.eos) == len(ids) - 1
+            result.append(tokenizer.decode(ids))
+    assert len(result) == corpus.num_documents
     return result
 
 
@@ -154,8 +165,9 @@ def test_lines_belong_to_one_part_wherever_it_is_cut(
     path.write_text("\n".join(raws) + ("\n" if ends and raws else ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "CHUNK", chunk)
-        parts = list(cut_parts([path]))
-        items = [item for part in parts for item in read_part(part, "text", limit)]
+        options = ReadOptions(max_document=limit)
+        parts = list(cut_parts(find_inputs([str(path)]), options))
+        items = [item for part in parts for _, item in read_part(part, options)]
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
     expected = [
         line if len(raw.encode()) + (number < len(raws) or ends) <= limit else None
@@ -181,7 +193,7 @@ def test_line_numbers_go_on_from_part_to_part(
 
 
 def test_a_file_that_disappears_is_listed(tmp_path: Path) -> None:
-    [rejected] = read_part(Part(str(tmp_path / "gone.txt"), 0, 10), "text", 100)
+    [(_, rejected)] = read_part(Part(Input(str(tmp_path / "gone.txt"), 10, ""), 0, 0, 10, 10), ReadOptions())
     assert rejected == Rejected(str(tmp_path / "gone.txt"), None, "No such file or directory")
 
 
@@ -201,6 +213,9 @@ def many(tmp_path: Path) -> Path:
     for name in ("100.jsonl", "200.jsonl"):
         lines = ["broken" if number % 500 == 7 else json.dumps({"text": text(200)}) for number in range(1500)]
         (folder / name).write_text("\n".join(lines))
+        (folder / f"{name}.gz").write_bytes(gzip.compress("\n".join(lines).encode(), 1))
+    rows = pa.table({"text": [None if number % 100 == 7 else text(200) for number in range(1500)]})
+    parquet.write_table(rows, folder / "300.parquet", row_group_size=111)
     return folder
 
 
@@ -212,6 +227,38 @@ def test_the_number_of_workers_changes_no_byte(many: Path, tmp_path: Path, token
         results.append({path.name: path.read_bytes() for path in prefix.parent.iterdir()})
     assert results[0] == results[1] == results[2]
     assert len(results[0]) > 5 and "corpus.quarantine.jsonl" in results[0]
+
+
+def test_separators(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    one, two = tokenizer.encode("one"), tokenizer.encode("two")
+    other = tokenizer.encode("x")[-1]
+    piece = sentencepiece.SentencePieceProcessor(model_file=tokenizer.path).id_to_piece(other)
+    for eos, after in ((None, [tokenizer.eos]), ("none", []), (piece, [other]), ("<|endoftext|>", [tokenizer.eos])):
+        summary = tokenize_corpus([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "corpus", eos=eos)
+        corpus = Corpus.open(tmp_path / "corpus", tokenizer)
+        assert corpus.read(0, corpus.num_tokens).tolist() == [*one, *after, *two, *after]
+        assert summary.documents == corpus.num_documents == 2
+    with pytest.raises(UserError, match="has no piece <nothing>; give another, or none$"):
+        tokenize_corpus([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "corpus", eos="<nothing>")
+
+
+def test_filters_by_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = ["é" * length for length in (1, 4, 5, 60, 61, 100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ["", *texts]))
+    summary = tokenize_corpus([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "corpus", min_chars=5, max_chars=60)
+    assert documents_of(tmp_path / "corpus", tokenizer) == texts[2:4]
+    assert (summary.documents, summary.filtered, summary.empty, summary.rejected) == (2, 4, 1, 0)
+
+
+def test_an_index_longer_than_what_is_held_of_it(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join('{"text": "%s"}' % ("x" * (n % 9)) for n in range(1000)))
+    tokenize_corpus([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "a")
+    monkeypatch.setattr(shard_files, "CHUNK", 7)
+    tokenize_corpus([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "b")
+    for kind in (".bin", ".idx"):
+        assert (tmp_path / f"a{kind}").read_bytes() == (tmp_path / f"b{kind}").read_bytes()
+    assert verify_corpus(tmp_path / "b", tokenizer)["documents"] == 888
 
 
 SCRIPT = [sys.executable, str(ROOT / "data_prep" / "tokenize_text.py")]
@@ -253,9 +300,19 @@ def test_the_scripts(
     sample = str(ROOT / "megakrause" / "data")
     code, out, _ = run("train_tokenizer.py", "--input", sample, "--vocab-size", "700", "--output", model)
     assert code == 0 and f"{model}: 700 pieces" in out
-    code, out, err = run("tokenize_text.py", "--input", str(texts), "--tokenizer", model, "--output", prefix)
+    arguments = ["--input", str(texts), "--tokenizer", model, "--output", prefix]
+    code, _, err = run("tokenize_text.py", *arguments)
+    assert code == 1 and err.splitlines()[-1].startswith(
+        "error: 8 of 17 documents were rejected, more than 0.01 of all"
+    )
+    code, out, err = run("tokenize_text.py", *arguments, "--max-rejected", "50%")
     assert code == 0 and f"{prefix}: 6 documents" in out and "8 documents were rejected, see" in err
     assert len(documents_of(prefix, Tokenizer.load(model))) == 6
+    code, _, err = run("tokenize_text.py", *arguments)
+    assert (
+        code == 1 and err == f"error: the corpus {prefix} is there and finished: choose another name, or --overwrite\n"
+    )
+    assert run("tokenize_text.py", *arguments, "--max-rejected", "8", "--overwrite")[0] == 0
 
     code, _, err = run("train_tokenizer.py", "--input", "nothing", "--vocab-size", "700", "--output", model)
     assert code == 1 and err.splitlines()[-1].startswith("error: no input matches nothing")

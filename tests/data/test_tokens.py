@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from megakrause.batch import TokenBatch
 from megakrause.data import formats
+from megakrause.data.mixed import MixedWindows
 from megakrause.data.mixture import Mixture, Share
 from megakrause.data.packing import Packing
 from megakrause.data.shards import Corpus
-from megakrause.data.tokens import MixedWindows, TokenWindows
+from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 from tests.data.conftest import EOS, WriteCorpus, write_documents
 
@@ -171,7 +172,7 @@ def test_tokens_outside_the_vocabulary_are_never_trained_on(write_corpus: WriteC
 def test_a_mix_has_every_sample_of_every_source_in_its_order(write_corpus: WriteCorpus) -> None:
     corpora = [Corpus.open(write_corpus([[n * 100 + i, EOS] for i in range(30)], name=str(n))) for n in (1, 2)]
     sources = [TokenWindows(c, 3, eos=EOS, mask_documents=True, seed=9) for c in corpora]
-    mixed = MixedWindows(sources, Mixture([Share(((0, 3.0),)), Share(((0, 1.0),))]))
+    mixed = MixedWindows(sources, Mixture([Share(((0, 3.0),)), Share(((0, 1.0),))]), True)
     batch = mixed.batch(np.arange(80))
     owner, inside = mixed.mixture.locate(np.arange(80))
     assert np.bincount(owner).tolist() == [60, 20]

@@ -82,7 +82,7 @@ def test_a_rank_that_is_stuck_says_where(config: Path, tmp_path: Path) -> None:
     prelude = """
 if os.environ["RANK"] == "1":
     import time
-    from megakrause.data.tokens import MixedWindows
+    from megakrause.data.mixed import MixedWindows
     real, calls = MixedWindows.batch, []
     def slow(self, indices):
         calls.append(1)

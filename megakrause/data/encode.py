@@ -1,0 +1,131 @@
+"""Parts of inputs to tokens, by as many processes as wished, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from megakrause.data.layout import token_dtype
+from megakrause.data.quarantine import Rejected
+from megakrause.data.records import ReadOptions
+from megakrause.data.sources import Part, read_part
+from megakrause.data.tokenizer import Tokenizer
+from megakrause.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What becomes of documents."""
+
+    reading: ReadOptions
+    eos: int | None  # token after every document
+    min_chars: int = 0  # documents of fewer characters, or of more than max_chars, are left out
+    max_chars: int | None = None
+
+
+@dataclass
+class Encoded:
+    """What became of a few parts."""
+
+    tokens: np.ndarray  # [n] in the corpus's dtype, every document with its separator
+    lengths: np.ndarray  # int32 [documents]
+    text_bytes: int = 0
+    empty: int = 0
+    filtered: int = 0
+    lines: list[int] = field(default_factory=list)  # of each part
+    rejected: list[list[Rejected]] = field(default_factory=list)  # of each part, lines counted from its first
+
+
+def encode_groups(
+    groups: Iterable[list[Part]], tokenizer: Tokenizer, options: EncodeOptions, workers: int
+) -> Generator[tuple[list[Part], Encoded], None, None]:
+    """Every group with what became of it, in order; at most 4 x workers of them are under way."""
+    if workers <= 1:
+        for group in groups:
+            yield group, _encode(group, tokenizer, options)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pending: deque[tuple[list[Part], Future[Encoded]]] = deque()
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        try:
+            for group in groups:
+                pending.append(
+                    (group, pool.submit(_encode_in_worker, group, tokenizer.path, tokenizer.fingerprint, options))
+                )
+                if len(pending) == 4 * workers:
+                    group, work = pending.popleft()
+                    yield group, work.result()
+            while pending:
+                group, work = pending.popleft()
+                yield group, work.result()
+        except BrokenProcessPool as error:
+            raise UserError("a worker process died, perhaps for want of memory; use fewer workers") from error
+        finally:
+            for _, work in pending:
+                work.cancel()
+
+
+def _encode(parts: list[Part], tokenizer: Tokenizer, options: EncodeOptions) -> Encoded:
+    dtype = token_dtype(tokenizer.vocab_size)
+    separator = np.array([] if options.eos is None else [options.eos], dtype)
+    tokens: list[np.ndarray] = [np.empty(0, dtype)]
+    lengths: list[int] = []
+    made = Encoded(tokens[0], np.empty(0, np.int32))
+    for part in parts:
+        num_lines, rejected = 0, []
+        for lines, text in read_part(part, options.reading):
+            num_lines += lines
+            if isinstance(text, Rejected):
+                rejected.append(text)
+            elif not text:
+                made.empty += 1
+            elif len(text) < options.min_chars or (options.max_chars is not None and len(text) > options.max_chars):
+                made.filtered += 1
+            else:
+                ids = tokenizer.encode_array(text)
+                if not len(ids) + len(separator):  # a tokenizer that drops spaces, and no separator
+                    made.empty += 1
+                    continue
+                tokens += [ids.astype(dtype), separator]
+                lengths.append(len(ids) + len(separator))
+                made.text_bytes += len(text.encode())
+        made.lines.append(num_lines)
+        made.rejected.append(rejected)
+    made.tokens, made.lengths = np.concatenate(tokens), np.array(lengths, np.int32)
+    return made
+
+
+def _start_worker() -> None:
+    """Interrupts are the parent's to handle, and a worker does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _encode_in_worker(parts: list[Part], path: str, fingerprint: str, options: EncodeOptions) -> Encoded:
+    return _encode(parts, _load_once(path, fingerprint), options)
+
+
+@lru_cache(maxsize=1)
+def _load_once(path: str, fingerprint: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"tokenizer {path} changed while it was in use")
+    return tokenizer

@@ -1,0 +1,69 @@
+"""Several sources mixed: what stands in each sample of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megakrause.batch import TokenBatch
+from megakrause.data.mixture import Mixture
+from megakrause.data.stream import TextStream
+from megakrause.data.tokens import TokenWindows
+from megakrause.data.windows import Rows
+
+
+class MixedWindows:
+    """Windows of several sources, by weights (mixture.py)."""
+
+    def __init__(self, sources: Sequence[TokenWindows | TextStream], mixture: Mixture, mask_documents: bool) -> None:
+        self.sources = sources
+        self.mixture = mixture
+        self.mask_documents = mask_documents
+
+    def batch(self, samples: np.ndarray) -> TokenBatch:
+        """Samples [b] of the run. Raises UserError for damaged data."""
+        sources, inside = self.mixture.locate(np.asarray(samples))
+        rows = Rows(len(sources), self.sources[0].seq_len, self.sources[0].eos)
+        for number in np.unique(sources).tolist():
+            chosen = np.flatnonzero(sources == number)
+            self.sources[number].fill(rows, chosen, inside[chosen])
+        return rows.batch(self.mask_documents)
+
+    def describe(self, start: int, count: int) -> list[str]:
+        """A line for each source: what it is, and its part in `count` samples from `start` on."""
+        before, after = self.mixture.given_before(start), self.mixture.given_before(start + count)
+        return [
+            f"data: {(b - a) / max(count, 1):6.1%} from {source.describe(a, b)}"
+            for source, a, b in zip(self.sources, before, after, strict=True)
+        ]
+
+    def past(self, sample: int) -> list[dict[str, Any]]:
+        """What decided the samples before one of the run, as plain values: equal pasts, equal samples."""
+        names = [source.fingerprint for source in self.sources]
+        return [
+            {"start": segment.start, "mix": {n: u for n, u in zip(names, segment.units, strict=True) if u}}
+            for segment in self.mixture.past(sample)
+        ]
+
+    def stream_states(self, sample: int) -> dict[str, Any]:
+        """Where streamed sources have to begin again so that the run goes on from a sample, by fingerprint."""
+        given = self.mixture.given_before(sample)
+        return {
+            source.fingerprint: source.state(count)
+            for source, count in zip(self.sources, given, strict=True)
+            if isinstance(source, TextStream)
+        }
+
+    def resume(self, states: dict[str, Any]) -> None:
+        """Before anything is read: goes on from what `stream_states` gave."""
+        for source in self.sources:
+            if isinstance(source, TextStream) and source.fingerprint in states:
+                source.resume(states[source.fingerprint])
+
+    def close(self) -> None:
+        """Ends the processes of streamed sources."""
+        for source in self.sources:
+            if isinstance(source, TextStream):
+                source.close()
