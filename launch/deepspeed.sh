@@ -28,4 +28,6 @@ fi
 # On one host deepspeed ends with 0 even when the process between it and the workers was killed.
 finished() { [ -n "${HOSTFILE:-}" ] || [ "$(newest_step)" -ge "$steps" ]; }
 
+# As torchrun has it: else each process takes all cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 retry deepspeed "${options[@]}" --module megakrause train "$@"

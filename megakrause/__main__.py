@@ -1,9 +1,15 @@
+import os
 import sys
 
 from megakrause.cli import main
 
 code = main()
 torch = sys.modules.get("torch")  # which commands that do not need it do not import
-if code == 0 and torch is not None and torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # else NCCL warns; after a failure others may never come to it
+if torch is not None and torch.distributed.is_initialized():
+    if code == 0:
+        torch.distributed.destroy_process_group()  # else NCCL warns
+    else:  # others may never come to that, and threads of groups that are torn down with the interpreter may abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 sys.exit(code)

@@ -321,6 +321,21 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", type=Path, help="also write the table here")
     parser.add_argument("--markdown", type=Path, help="also write it here, with what spills and why")
 
+    def data(arguments: argparse.Namespace) -> None:
+        from megakrause.bench.data import run
+
+        run(arguments.megabytes, arguments.json)
+
+    parser = _command(
+        kinds,
+        "data",
+        "Preparation against SentencePiece alone and Megatron-LM's loop (needs megatron-core), reading, and opening.",
+        "  megakrause bench data\n  megakrause bench data --megabytes 20 --json data.json",
+        data,
+    )
+    parser.add_argument("--megabytes", type=_positive, default=100, help="of text; default: 100")
+    parser.add_argument("--json", type=Path, help="also write the tables here")
+
     def training(arguments: argparse.Namespace) -> None:
         if arguments.layouts:
             from megakrause.bench.layouts import run as run_layouts
@@ -333,7 +348,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         kinds,
         "training",
-        "Tokens per second of the demo model, its softmax twin and a transformers Llama of the same size.",
+        "Tokens per second of the demo model, its softmax twin and a transformers Llama; or of every layout.",
         "  megakrause bench training\n  megakrause bench training --lengths 256 --json training.json\n"
         "  torchrun --nproc_per_node=4 -m megakrause bench training --layouts",
         training,

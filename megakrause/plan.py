@@ -49,6 +49,9 @@ GPUS = {
 # What is assumed: the share of the data sheet's FLOP/s that products of these sizes reach, that of its bytes/s, and the
 # share of a GPU's memory that is there for a run (the rest is CUDA, communication libraries, fragments).
 REACHED_FLOPS, REACHED_BYTES, USABLE = 0.5, 0.7, 0.92
+# Seconds that a block's forward and backward pass take at least, however little there is to compute: about a hundred
+# kernels are launched one by one.
+LEAST_OF_A_BLOCK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Plan:
     def layout(self) -> str:
         p = self.config.parallel
         text = f"pp {p.pp} dp {self.dp} cp {p.cp} tp {p.tp}{'+sp' if p.sequence_parallel else ''} zero {p.zero}"
-        return text + (f" recompute {p.recompute}" if p.recompute != "none" else "")
+        text += f" recompute {p.recompute}" if p.recompute != "none" else ""
+        return text + (" offload" if p.offload else "")
 
 
 def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = None, *, on_gpu: bool = True) -> Plan:
@@ -111,7 +115,9 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = N
     parallel, model, seq_len = config.parallel, config.model, config.train.seq_len
     pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
     if gpus % (pp * cp * tp):
-        raise UserError(f"{gpus} GPUs are no multiple of parallel.pp x cp x tp = {pp} x {cp} x {tp}")
+        raise UserError(
+            f"{gpus} GPUs are no multiple of parallel.pp x cp x tp = {pp} x {cp} x {tp}; use {pp * cp * tp}"
+        )
     dp = gpus // (pp * cp * tp)
     micro, accumulation = config.accumulation(dp)
     cost = cost or measure(config, gpu=on_gpu)
@@ -137,13 +143,15 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = N
         parameters.append(sum(math.prod(shape) for shape in shapes))
         memories.append(Memory(state.weights, state.gradients, state.optimizer, kept, again, logits, state.buffers))
         work = sum(flops[i] for i in layers) * (4 / 3 if level == "full" else 1) + flops[-1] * last
-        busy.append(work * tokens / tp / (gpu.flops * REACHED_FLOPS))
+        busy.append(max(work * tokens / tp / (gpu.flops * REACHED_FLOPS), count * LEAST_OF_A_BLOCK))
         by_axis = {"tp": sum(p.bytes[level].tp for p in parts), "cp": sum(p.bytes[level].cp for p in parts)}
         # Forwards to the next stage and backwards to the one before; of one stream, or each rank of its own positions.
         by_axis["pp"] = cost.stream // (1 if parallel.sequence_parallel else tp) * ((stage > 0) + (not last))
         if pp > 1 and not parallel.sequence_parallel:  # which it puts together again, also for the backward pass
             by_axis["tp"] += cost.stream * (tp - 1) // tp * ((stage > 0) + 2 * (not last))
         sent.append({axis: n * micro * accumulation for axis, n in by_axis.items()})
+        if model.tie_embeddings and pp > 1 and stage in (0, pp - 1):  # the two add up their gradients, in float32
+            sent[-1]["pp"] += 4 * math.prod(cost.embedding.shapes[0])
         sent[-1]["data"] = _data_bytes(config, state, dp * cp, parameters[-1], accumulation)
 
     speeds = {"tp": _speed(gpu, tp), "cp": _speed(gpu, tp * cp), "pp": _speed(gpu, gpus if pp > 1 else 1)}
@@ -216,9 +224,16 @@ def search(config: RunConfig, gpus: int, gpu: Gpu) -> list[Plan]:
     for candidate in tqdm(list(layouts(config, gpus, gpu)), "trying layouts", unit="layout", leave=False):
         plan = make_plan(candidate, gpus, gpu, cost(candidate.parallel.tp, candidate.parallel.cp))
         mesh = candidate.parallel.pp, candidate.parallel.cp, candidate.parallel.tp
-        if plan.peak <= USABLE * gpu.memory and (mesh not in found or plan.seconds < found[mesh].seconds):
-            found[mesh] = plan  # the first of equals recomputes least
+        if plan.peak <= USABLE * gpu.memory and (mesh not in found or _better(plan, found[mesh])):
+            found[mesh] = plan
     return sorted(found.values(), key=lambda plan: plan.seconds)
+
+
+def _better(plan: Plan, other: Plan) -> bool:
+    """Faster; or as fast with larger micro-batches, whose products reach more. The first of equals recomputes least."""
+    if abs(plan.seconds / other.seconds - 1) < 0.01:
+        return plan.micro_batch > other.micro_batch
+    return plan.seconds < other.seconds
 
 
 def receptive_field(config: RunConfig) -> int | None:
@@ -261,14 +276,15 @@ def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
         f"training              {flops / 1e9:,.3f} GFLOP a token, {tokens:,} tokens a step",
         f"receptive field       {reach}",
         f"layout                {plan.gpus} x {gpu_name}: {plan.layout}",
-        f"                      {plan.accumulation} micro-batches of {plan.micro_batch} a step{waits}",
-        f"memory of a rank      {plan.memory.total / GIB:,.2f} GiB of {gpu.memory / GIB:.0f}: {fits}",
+        f"                      micro-batches: {plan.accumulation} of {plan.micro_batch} sequences a step{waits}",
+        f"memory of a rank      {plan.memory.total / GIB:,.2f} GiB of {gpu.memory / GIB:.0f} x {USABLE}: {fits}",
         *(f"  {name:<20}{n / GIB:>9,.2f} GiB" for name, n in asdict(plan.memory).items()),
         "sent by a rank, a step",
         *(f"  {axis:<20}{n / GIB:>9,.3f} GiB" for axis, n in plan.sent.items()),
         f"estimated             {plan.seconds:,.2f} s a step, {plan.tokens_per_s:,.0f} tokens/s, "
         f"MFU {_mfu(plan, gpu):.0%}",
-        f"                      (if products reach {REACHED_FLOPS:.0%} of the FLOP/s, links {REACHED_BYTES:.0%})",
+        f"                      (if products reach {REACHED_FLOPS:.0%} of the FLOP/s, links {REACHED_BYTES:.0%}, and a "
+        f"block takes {LEAST_OF_A_BLOCK * 1e3:.0f} ms or more)",
     ]
     if plan.peak > plan.memory.total:
         lines.append(f"warning: the start takes {plan.peak / GIB:,.1f} GiB a rank, before ZeRO 3 cuts the weights")
@@ -292,7 +308,7 @@ def _row(plan: Plan, gpu: Gpu) -> dict[str, Any]:
         "pp": p.pp,
         "dp": plan.dp,
         "cp": p.cp,
-        "tp": p.tp,
+        "tp": f"{p.tp}+sp" if p.sequence_parallel else str(p.tp),
         "zero": p.zero,
         "recompute": p.recompute,
         "micro": plan.micro_batch,

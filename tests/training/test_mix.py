@@ -60,7 +60,7 @@ def test_more_epochs_than_allowed_are_refused(mix: Path, tmp_path: Path, capfd: 
 def test_a_corpus_listed_twice_is_refused(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     prefix = load_config(config).data.train
     assert main(["train", str(config), f"data.train=1 {prefix} 2 {prefix}.bin"]) == 1
-    assert "data.train lists one corpus twice, as" in capfd.readouterr().err
+    assert "data.train lists one source twice, as" in capfd.readouterr().err
 
 
 def test_the_sequences_of_a_step_are_shown(mix: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,7 @@ def wait_for_steps(launcher: subprocess.Popen[str], output: Path, count: int) ->
         (signal.SIGKILL, "parallel.pp=2", 30),
         # Stopped processes cannot end by SIGTERM, and torchrun gives them 30 s.
         (signal.SIGSTOP, "parallel.tp=2", TIMEOUT + 30 + 30),
+        pytest.param(signal.SIGSTOP, "parallel.cp=2", TIMEOUT + 30 + 30, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_is_gone_or_stopped_is_named(
