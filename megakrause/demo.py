@@ -58,6 +58,7 @@ def main() -> None:
         prepare(data, files, config)
     with step(4, f"training: {CONFIG} through DeepSpeed, into {output}"):
         train(config, Mesh.start())
+        report_waiting(output)
     checkpoint = find_checkpoint(output)
     with step(5, "held-out loss"):
         report_loss(checkpoint, config)
@@ -131,6 +132,13 @@ def is_current(data: Path, files: dict[str, list[Path]], config: RunConfig) -> b
         return json.loads((data / "source.json").read_text(encoding="utf-8")) == source_key(files, config)
     except (OSError, ValueError):
         return False
+
+
+def report_waiting(output: Path) -> None:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "data_seconds" in row]
+    share = sum(row["data_seconds"] for row in steps) / sum(row["seconds"] for row in steps)
+    print(f"   steps waited for data {share:.2%} of their time")
 
 
 def report_loss(checkpoint: Checkpoint, config: RunConfig) -> None:
