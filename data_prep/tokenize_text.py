@@ -48,7 +48,7 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece .model file, or Hugging Face tokenizer folder")
+    parser.add_argument("--tokenizer", required=True, help="SentencePiece .model, or Hugging Face tokenizer folder")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the corpus's files")
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus if there is one")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; default: one per core")

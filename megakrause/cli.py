@@ -150,7 +150,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from megakrause.verify import verify
 
-        for line in verify(Path(arguments.path), arguments.tokenizer, arguments.dtype):
+        for line in verify(arguments.path, arguments.tokenizer, arguments.dtype):
             print(line)
 
     parser = _command(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 
 from megakrause.config import RunConfig
+from megakrause.data.mixed import MixedWindows
 from megakrause.data.open import train_samples
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
@@ -43,7 +45,11 @@ def show_corpus(prefix: str, tokenizer_path: str, first: int, count: int, dtype:
 def show_step(config: RunConfig, step: int, count: int) -> Iterator[str]:
     """Lines: the mix, then the first `count` sequences of a training step (from 1) with the bounds of documents."""
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    samples = train_samples(config, tokenizer)
+    with closing(train_samples(config, tokenizer)) as samples:
+        yield from _show(config, samples, tokenizer, step, count)
+
+
+def _show(config: RunConfig, samples: MixedWindows, tokenizer: Tokenizer, step: int, count: int) -> Iterator[str]:
     batch = config.train.global_batch
     yield from samples.describe(0, config.train.steps * batch)
     starts = sorted({start // batch + 1 for start in (segment.start for segment in samples.mixture.segments)})
@@ -66,9 +72,8 @@ def show_step(config: RunConfig, step: int, count: int) -> Iterator[str]:
 def _known(tokens: np.ndarray, tokenizer: Tokenizer) -> list[int]:
     """The tokens. Raises UserError for one that is none of the tokenizer's."""
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-        raise UserError(
-            f"token {tokens.max()} is none of the {tokenizer.vocab_size} of {tokenizer.path}: another tokenizer?"
-        )
+        wrong = tokens.max() if tokens.min() >= 0 else tokens.min()
+        raise UserError(f"token {wrong} is none of the {tokenizer.vocab_size} of {tokenizer.path}: another tokenizer?")
     return tokens.tolist()
 
 

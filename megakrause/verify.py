@@ -13,10 +13,11 @@ from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 
 
-def verify(path: Path, tokenizer: str | None = None, dtype: str | None = None) -> Iterator[str]:
+def verify(name: str, tokenizer: str | None = None, dtype: str | None = None) -> Iterator[str]:
     """Yields what was checked, a line for each corpus or checkpoint. Raises UserError that says what is wrong where."""
+    path = Path(name)
     if not path.is_dir() or is_corpus_folder(path):
-        yield _verify_corpus(path, tokenizer, dtype)
+        yield _verify_corpus(name, tokenizer, dtype)
         return
     folders = [path] if (path / "COMMIT.json").exists() else committed_folders(path / "checkpoints")
     if not folders:
@@ -37,7 +38,7 @@ def verify(path: Path, tokenizer: str | None = None, dtype: str | None = None) -
         raise UserError("; ".join(damaged))
 
 
-def _verify_corpus(path: Path, tokenizer: str | None, dtype: str | None) -> str:
+def _verify_corpus(path: str, tokenizer: str | None, dtype: str | None) -> str:
     found = verify_corpus(path, Tokenizer.load(tokenizer) if tokenizer else None, dtype)
     documents = "" if found["documents"] is None else f" in {found['documents']:,} documents"
     hashes = "all checksums match" if found["hashed"] else "no manifest, so no checksums"

@@ -75,7 +75,7 @@ class LocalBlob(Blob):
     def __init__(self, path: str, size: int, hashes: Sequence[str] = (), block_size: int = BLOCK) -> None:
         super().__init__(path, size, hashes, block_size)
         self._checked: set[int] = set()
-        self._mapped: tuple[int, int, int] | None = None  # what the file was when it was mapped
+        self._mapped: tuple[int, int, int] | None = None  # what the file was when it was first mapped
 
     def peek(self, start: int, count: int) -> bytes:
         try:
@@ -108,9 +108,11 @@ class LocalBlob(Blob):
         try:
             now = _identity(self.path)
         except OSError as error:
-            raise UserError(f"{self.path} is gone while it is in use: {error.strerror}; put it back") from error
+            raise UserError(
+                f"{self.path} is gone while it is in use: {error.strerror}; start again when it is back"
+            ) from error
         if now != self._mapped:
-            raise UserError(f"{self.path} was changed while it is in use; put back what it was")
+            raise UserError(f"{self.path} was changed while it is in use; start again when it is whole")
         if not self.hashes:
             return
         for block in range(start // self.block_size, -(-stop // self.block_size)):
@@ -123,9 +125,7 @@ class LocalBlob(Blob):
     def _bytes(self) -> np.ndarray:
         try:
             now = _identity(self.path)
-            if self._mapped != now:
-                self._checked.clear()
-            self._mapped = now
+            self._mapped = self._mapped or now
             if now[0] != self.size:
                 raise UserError(f"{self.path} has {now[0]} bytes, {self.size} are expected: truncated or swapped")
             return np.memmap(self.path, np.uint8, "r") if self.size else np.empty(0, np.uint8)

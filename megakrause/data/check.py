@@ -50,6 +50,7 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
     for shard in corpus.shards:
         if isinstance(shard, MegatronShard):
             _check_megatron_index(shard)
+            shard.check_cuts()
     for block in range(len(corpus.block_tokens)):
         corpus.documents_of(block)
     return {
@@ -136,8 +137,6 @@ def _check_megatron_index(shard: MegatronShard) -> None:
                 f"where the lengths before it put it at byte {expected[place] * shard.dtype.itemsize}"
             )
         end = int(expected[-1] + part[-1])
-    if documents[0] != 0:
-        raise UserError(f"{index.path}: document 0 begins at sequence {documents[0]}, out of order")
     for first in range(0, len(documents) - 1, step):
         steps = np.diff(documents[first : first + step + 1])
         if (steps < 0).any():

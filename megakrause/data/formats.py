@@ -111,9 +111,12 @@ class MegatronShard(_IndexedShard):
         self.num_sequences, self.num_documents = sequences, bounds - 1
         # Byte of: lengths, int32 [S] tokens; offsets, int64 [S] bytes; documents, int64 [D + 1] sequences.
         self.lengths_at, self.offsets_at, self.documents_at = (HEADER.size + n * sequences for n in (0, 4, 12))
-        last = int.from_bytes(index.peek(expected - 8, 8), "little", signed=True)
-        if last != sequences:
-            raise UserError(f"{path}: its documents end at sequence {last}, its sequences at {sequences}")
+        where = self.documents_at, self.documents_at + 8 * (bounds - 1)
+        first, last = (int.from_bytes(index.peek(place, 8), "little", signed=True) for place in where)
+        if (first, last) != (0, sequences):
+            raise UserError(
+                f"{path}: its documents are of sequences {first} to {last}, there are sequences 0 to {sequences}"
+            )
         length = index.peek(self.lengths_at + 4 * (sequences - 1), 4) if sequences else b""
         offset = index.peek(self.offsets_at + 8 * (sequences - 1), 8) if sequences else b""
         end = int.from_bytes(offset, "little", signed=True)
@@ -122,6 +125,14 @@ class MegatronShard(_IndexedShard):
             raise UserError(f"{tokens.path} has {tokens.size} bytes, {path} says {end}: truncated or swapped")
         self.num_tokens = end // self.dtype.itemsize
         self.cuts = cuts or cut_blocks(self._starts, self.num_documents, self.num_tokens)
+        ends = self.cuts[0], self.cuts[-1]
+        if ends != ((0, 0), (self.num_documents, self.num_tokens)) or self.cuts != sorted(self.cuts):
+            raise UserError(f"the manifest of {tokens.path} has wrong blocks: {ends[0]} to {ends[1]}; prepare it again")
+
+    def check_cuts(self) -> None:
+        """Raises UserError unless blocks begin where the documents say."""
+        if self.cuts != cut_blocks(self._starts, self.num_documents or 0, self.num_tokens):
+            raise UserError(f"the manifest of {self.tokens.path} has other blocks than its documents; prepare it again")
 
     def _starts(self, documents: np.ndarray) -> np.ndarray:
         sequence = self.index.take(INT64, documents, self.documents_at)
@@ -175,7 +186,9 @@ class NumpyShard(Shard):
             if len(shape) != 1:
                 raise UserError(f"{tokens.path} is an array of shape {shape}; tokens are one-dimensional")
         if dtype is None:
-            raise UserError(f'{tokens.path}: how many bytes has a token? Give dtype = "uint16" or "uint32"')
+            raise UserError(
+                f'{tokens.path}: how many bytes has a token? Name it .u16 or .u32, or give dtype = "uint16" or "uint32"'
+            )
         self.dtype, count = np.dtype(dtype), tokens.size - self.base
         if self.dtype.kind not in "iu" or count % self.dtype.itemsize:
             raise UserError(f"{tokens.path}: {count} bytes are no tokens of type {self.dtype}")

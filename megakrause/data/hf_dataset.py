@@ -1,6 +1,7 @@
-"""Hugging Face datasets as inputs, read as a stream: `hf:ID[:CONFIG][@SPLIT]`.
+"""Hugging Face datasets as inputs, read as a stream: `hf:ID[:CONFIG][@SPLIT][#REVISION]`.
 
-ID is a dataset on the hub, a folder that `save_to_disk` wrote, or a folder of data files that `datasets` understands.
+Without a revision, a dataset on the hub is read as it is when a run begins, and a run that goes on needs that again. ID is a
+dataset on the hub, a folder that `save_to_disk` wrote, or a folder of data files that `datasets` understands.
 No code that comes with a dataset is run.
 """
 
@@ -18,7 +19,7 @@ import xxhash
 from megakrause.errors import UserError
 
 DATASET = "hf:"
-NAME = re.compile(r"hf:(?P<id>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
+NAME = re.compile(r"hf:(?P<id>[^:@#]+)(:(?P<config>[^:@#]+))?(@(?P<split>[^:@#]+))?(#(?P<revision>[^#]+))?")
 BATCH = 128  # documents
 
 
@@ -27,11 +28,13 @@ class _Name:
     id: str
     config: str | None
     split: str
+    revision: str | None
 
 
 def is_saved_dataset(folder: str) -> bool:
     """Whether `save_to_disk` wrote it."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
 
 
 def describe_dataset(name: str) -> tuple[int, str]:
@@ -39,7 +42,7 @@ def describe_dataset(name: str) -> tuple[int, str]:
     and times). Raises UserError when there is no such dataset."""
     dataset = _parse(name)
     if not os.path.isdir(dataset.id):
-        return 0, _revision(name, dataset.id)
+        return 0, dataset.revision or _revision(name, dataset.id)
     status = [(str(path), path.stat()) for path in sorted(Path(dataset.id).rglob("*")) if path.is_file()]
     listing = [(path, one.st_size, one.st_mtime_ns) for path, one in status]
     return sum(size for _, size, _ in listing), xxhash.xxh3_128_hexdigest(repr(listing).encode())
@@ -65,7 +68,7 @@ def read_dataset(name: str, stamp: str, text_field: str, start: int) -> Iterator
 def _parse(name: str) -> _Name:
     if not (match := NAME.fullmatch(name)):
         raise UserError(f"{name} names no dataset: write hf:ID, hf:ID:CONFIG, hf:ID@SPLIT or hf:ID:CONFIG@SPLIT")
-    return _Name(match["id"], match["config"], match["split"] or "train")
+    return _Name(match["id"], match["config"], match["split"] or "train", match["revision"])
 
 
 def _revision(name: str, repository: str) -> str:

@@ -71,8 +71,8 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """xxh3-128, hex, of everything but the files' names and what follows from their content."""
-        content = self.model_dump_json(exclude={"files": {"__all__": {"name"}}, "blocks": True})
+        """xxh3-128, hex, of everything but the files' names."""
+        content = self.model_dump_json(exclude={"files": {"__all__": {"name"}}})
         return xxhash.xxh3_128_hexdigest(content.encode())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,11 @@ class MixedWindows:
             for source, a, b in zip(self.sources, before, after, strict=True)
         ]
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What people call each source, by fingerprint."""
+        return {source.fingerprint: source.name for source in self.sources}
+
     def past(self, sample: int) -> list[dict[str, Any]]:
         """What decided the samples before one of the run, as plain values: equal pasts, equal samples."""
         names = [source.fingerprint for source in self.sources]
@@ -67,3 +72,13 @@ class MixedWindows:
         for source in self.sources:
             if isinstance(source, TextStream):
                 source.close()
+
+
+def describe_past(past: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """What `MixedWindows.past` gave, in words."""
+    parts = []
+    for segment in past:
+        total = sum(segment["mix"].values())
+        mix = " + ".join(f"{units / total:.3g} {names.get(name, name)}" for name, units in segment["mix"].items())
+        parts.append(f"{mix} from sequence {segment['start']} on")
+    return ", ".join(parts)

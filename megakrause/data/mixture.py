@@ -1,6 +1,7 @@
 """Mixing: which source gives each sample of a run, by weights that may change on the way.
 
-At every moment each source has given within one sample of its share since the weights last changed. A source that has
+At every moment each source has given within one sample of its share since the weights last changed (of weights that
+are fractions of at most FINEST, else rounded to that). A source that has
 been used as often as it may be drops out, and the others share what was its. All of it follows from the sources and
 their weights, not from how long a run is.
 """
@@ -12,11 +13,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
-FINEST = 10**6  # weights that are not fractions of a smaller common denominator are rounded to one of this
+FINEST = 200_000  # weights that are not fractions of a smaller common denominator are rounded to one of this
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,25 @@ class Segment:
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, sample of the source) of samples [n] of the run."""
-        turns, ranks = schedule(self.units)
+        turns, ranks = self._round
         round, place = np.divmod(samples - self.start, len(turns))
         source = turns[place].astype(np.int64)
         return source, np.array(self.given)[source] + round * np.array(self.units)[source] + ranks[place]
 
     def given_at(self, sample: int) -> list[int]:
         """Samples that each source has given before a sample of the run."""
-        turns, _ = schedule(self.units)
+        turns, _ = self._round
         round, place = divmod(sample - self.start, len(turns))
         inside = np.bincount(turns[:place], minlength=len(self.units))
         return [g + round * u + int(n) for g, u, n in zip(self.given, self.units, inside, strict=True)]
 
+    @cached_property
+    def _round(self) -> tuple[np.ndarray, np.ndarray]:
+        return schedule(self.units)
+
     def after(self, source: int, count: int) -> int:
         """The sample of the run that comes after a source has given `count` more, count >= 1."""
-        turns, _ = schedule(self.units)
+        turns, _ = self._round
         round, place = divmod(count - 1, self.units[source])
         return self.start + round * len(turns) + int(np.flatnonzero(turns == source)[place]) + 1
 
@@ -87,7 +92,10 @@ class Mixture:
             given = segment.given_at(start)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, sample of that source counted over its epochs) of samples [n] of the run; int64 [n] each."""
+        """(source, sample of that source counted over its epochs) of samples [n] of the run; int64 [n] each. Raises
+        ValueError for samples after the last."""
+        if self.size is not None and len(samples) and samples.max() >= self.size:
+            raise ValueError(f"sample {samples.max()} of a mixture of {self.size}")
         starts = np.array([segment.start for segment in self.segments])
         numbers = np.searchsorted(starts, samples, "right") - 1
         source, sample = np.empty_like(numbers), np.empty_like(numbers)
@@ -121,7 +129,6 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(units)
 
 
-@lru_cache(maxsize=8)
 def schedule(units: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Whose turn it is at each of sum(units) samples, after which it begins again, and how many turns that source had
     before. After any number n of samples, source i has had within 1 - 1 / (2k - 2) of n * units[i] / sum(units).
@@ -132,7 +139,7 @@ def schedule(units: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     turns = np.empty(total, np.min_scalar_type(len(units)))
     if len(present) == 1:
         turns[:] = present[0]
-        return turns, np.arange(total)
+        return turns, np.arange(total, dtype=np.int32)
     parts = 2 * len(present) - 2
     waiting: list[tuple[int, int, int]] = []  # (when it may have its next turn, when it must, source)
     ready: list[tuple[int, int]] = []
@@ -153,7 +160,7 @@ def schedule(units: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         turns[n - 1] = source
         had[source] += 1
         wait(source, had[source])
-    ranks = np.empty(total, np.int64)
+    ranks = np.empty(total, np.int32)
     for source in present:
         ranks[turns == source] = np.arange(units[source])
     return turns, ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from megakrause.config import RunConfig, SourceConfig
 from megakrause.data.encode import EncodeOptions
@@ -20,10 +21,31 @@ from megakrause.errors import UserError
 TEXT = re.compile(r"hf:.*|.*\.(txt|md|py|jsonl|parquet)(\.gz|\.zst)?")
 
 
-def train_samples(config: RunConfig, tokenizer: Tokenizer) -> MixedWindows:
-    """What data.train lists, mixed. Raises UserError when a source cannot be read, is listed twice, or when the sources
-    may not be used as often as the run needs."""
+class Batches:
+    """From which step on the global batch had which size: where a step's samples begin, also when that changed."""
+
+    def __init__(
+        self, global_batch: int, step: int = 0, position: int = 0, before: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """The batch of a run that begins or goes on at a step and sample. before: `changes` of the run until then."""
+        changes = [tuple(change) for change in before] or [(0, 0, global_batch)]
+        if changes[-1][2] != global_batch:
+            changes.append((step, position, global_batch))
+        self.changes = changes  # (step, its first sample, size of the batch)
+
+    def sample(self, step: int) -> int:
+        """The first sample of a step, counted from 0."""
+        begun, position, size = [change for change in self.changes if change[0] <= step][-1]
+        return position + (step - begun) * size
+
+
+def train_samples(config: RunConfig, tokenizer: Tokenizer, batches: Batches | None = None) -> MixedWindows:
+    """What data.train lists, mixed. batches: of a run whose global batch has changed.
+
+    Raises UserError when a source cannot be read, is listed twice, or when the sources may not be used as often as the
+    run needs."""
     train = config.train
+    batches = batches or Batches(train.global_batch)
     sources, shares, seen = [], [], dict[str, str]()
     for source in config.data.sources:
         windows = _open(config, source, tokenizer)
@@ -36,13 +58,14 @@ def train_samples(config: RunConfig, tokenizer: Tokenizer) -> MixedWindows:
                 raise UserError(f"data.train: epochs = {source.epochs} of {source.path}: a stream has no known length")
             limit = max(1, round(source.epochs * len(windows)))
         sources.append(windows)
-        shares.append(Share(tuple((step * train.global_batch, weight) for step, weight in source.weights), limit))
-    mixture = Mixture(shares)
-    if mixture.size is not None and mixture.size < train.steps * train.global_batch:
+        shares.append(Share(tuple((batches.sample(step), weight) for step, weight in source.weights), limit))
+    mixture, needed = Mixture(shares), batches.sample(train.steps)
+    if mixture.size is not None and mixture.size < needed:
+        steps = max(step for step in range(train.steps) if batches.sample(step) <= mixture.size)
         raise UserError(
-            f"train.steps = {train.steps} of train.global_batch = {train.global_batch} need "
-            f"{train.steps * train.global_batch} sequences, the epochs and weights of data.train allow {mixture.size}; "
-            f"use at most train.steps = {mixture.size // train.global_batch}"
+            f"train.steps = {train.steps} of train.global_batch = {train.global_batch} need {needed} sequences, the "
+            f"epochs and weights of data.train allow {mixture.size}, which is train.steps = {steps}; use that, or "
+            "allow more epochs"
         )
     return MixedWindows(sources, mixture, config.data.mask_documents)
 

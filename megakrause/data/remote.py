@@ -6,14 +6,16 @@ comes short or damaged is asked for again, waiting longer each time, so that a s
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import queue
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,35 +27,43 @@ from megakrause.data.blob import BLOCK, Blob
 from megakrause.errors import UserError
 
 T = TypeVar("T")
-MAPPED = 32  # blocks of a file at a time
+MAPPED = 64  # blocks of a cache at a time
+BLOCKS, TEMPORARY = "??/" + 32 * "[0-9a-f]", "??/*.tmp"
+STALE = 86400  # seconds after which a temporary file is a dead process's
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Patience:
-    """How long a store that does not answer is asked again."""
+    """How long a store that does not answer is asked again. Setting `stop` ends all waiting."""
 
-    def __init__(self, total: float = 600, first: float = 0.5, longest: float = 30, stall: float = 120) -> None:
-        """Seconds: in all, before the second attempt (doubled each time, up to `longest`), and for one attempt."""
+    def __init__(self, total: float = 300, first: float = 0.5, longest: float = 30, stall: float = 60) -> None:
+        """Seconds: in all, before the second attempt (doubled each time, up to `longest`), and for one attempt. All
+        together they stay below the trainer's own watch, so that it is the store that is named."""
         self.total, self.first, self.longest, self.stall = total, first, longest, stall
+        self.stop = threading.Event()
 
     def ask(self, what: str, work: Callable[[], T]) -> T:
         """What `work` returns. Raises UserError when it fails to the end, at once for what is not there or not
-        allowed."""
+        allowed, and soon after `stop` is set."""
         deadline, wait = time.monotonic() + self.total, self.first
-        while True:
+        while not self.stop.is_set():
             try:
-                return _within(self.stall, work)
+                return _within(self.stall, work, self.stop)
             except UserError:
                 raise
             except Exception as error:  # every store has its own
-                if is_missing(error) or isinstance(error, PermissionError):
+                if self.stop.is_set():
+                    break
+                if is_missing(error) or _is_forbidden(error):
                     raise UserError(f"cannot read {what}: {_reason(error)}") from error
                 if time.monotonic() + wait > deadline:
                     raise UserError(
                         f"cannot read {what}: {_reason(error)}; given up after {self.total:.0f} s"
                     ) from error
                 print(f"{what}: {_reason(error)}; asking again in {wait:.1f} s", file=sys.stderr, flush=True)
-            time.sleep(wait)
+            self.stop.wait(wait)
             wait = min(2 * wait, self.longest)
+        raise UserError(f"cannot read {what}: its reader was closed")
 
 
 def default_folder() -> Path:
@@ -61,30 +71,43 @@ def default_folder() -> Path:
 
 
 class BlockCache:
-    """Blocks of remote files on this machine's disk, at most `limit` bytes, those unused for longest dropped first."""
+    """Blocks of remote files on this machine's disk, at most `limit` bytes, those unused for longest dropped first.
+
+    Any number of processes may share the folder. Blocks are written under other names and then renamed, and are mapped
+    while they certainly exist, so that none is seen half written and one that is dropped stays readable; the locks are
+    there only to fetch nothing twice.
+    """
 
     def __init__(self, folder: str | Path, limit: int = 16 << 30, patience: Patience | None = None) -> None:
         self.folder = Path(folder).expanduser()
         self.limit = limit
         self.patience = patience or Patience()
+        self._used = False
+        self._mapped: dict[str, np.ndarray] = {}  # by key, the last used last
+        self._mutex = threading.Lock()  # for the above
         self._wanted: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def get(self, key: str, size: int, fetch: Callable[[], bytes], intact: Callable[[np.ndarray], bool]) -> np.ndarray:
-        """The block of this key, mapped; fetched unless it is here. `fetch` raises when it cannot."""
+        """The block of this key, 32 hex digits, mapped; fetched unless it is here. `fetch` raises UserError when it
+        cannot; so does this when the folder cannot be used or is full."""
         path = self.folder / key[:2] / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(key + ".lock")):  # one process fetches, the others wait for it
-            if path.exists() and path.stat().st_size == size:
-                content = np.memmap(path, np.uint8, "r")
-                if intact(content):
-                    os.utime(path)
-                    return content
-            temporary = path.with_name(key + ".tmp")
-            temporary.write_bytes(fetch())
-            os.replace(temporary, path)
-        self._drop(path)
-        return np.memmap(path, np.uint8, "r")
+        with self._explained():
+            if not self._used:
+                self._used = True
+                self._shrink(self.limit)  # it may have been larger
+            content = self._find(path, size, intact)
+            if content is None:
+                with self._alone(self.folder / f"{key[:2]}.lock"):
+                    content = self._find(path, size, intact)  # which another process may have fetched
+                    if content is None:
+                        content = self._keep(path, fetch())
+        with self._mutex:
+            self._mapped.pop(key, None)
+            self._mapped[key] = content
+            while len(self._mapped) > MAPPED or len(self._mapped) > 1 and self._mapped_bytes() > self.limit:
+                del self._mapped[next(iter(self._mapped))]
+        return content
 
     def ahead(self, work: Callable[[], Any]) -> None:
         """Does some work in a thread of its own, after what was asked before; whoever needs the result sees it fail."""
@@ -93,28 +116,107 @@ class BlockCache:
             self._thread = threading.Thread(target=self._read_ahead, name="read ahead", daemon=True)
             self._thread.start()
 
+    def close(self) -> None:
+        """Ends reading ahead, and whatever waits for a store, in any thread, with UserError."""
+        self.patience.stop.set()
+        self._wanted.put(lambda: None)
+
     def _read_ahead(self) -> None:
-        while True:
+        while not self.patience.stop.is_set():
             work = self._wanted.get()
-            with suppress(UserError):
+            with suppress(Exception):
                 work()
 
-    def _drop(self, keep: Path) -> None:
-        """Removes blocks until the rest fits. What is mapped stays readable."""
+    def _find(self, path: Path, size: int, intact: Callable[[np.ndarray], bool]) -> np.ndarray | None:
+        """The block, if it is here and whole."""
+        with self._mutex:
+            content = self._mapped.get(path.name)
+        if content is None:
+            try:
+                with path.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size != size:
+                        return None
+                    content = np.memmap(file, np.uint8, "r")
+            except FileNotFoundError:
+                return None
+            if not intact(content):
+                return None
+        with suppress(OSError):  # another process may drop it, or the folder be for reading only
+            os.utime(path)
+        return content
+
+    def _keep(self, path: Path, content: bytes) -> np.ndarray:
+        """Writes a block and maps it. Raises OSError when it cannot, even with no other block on the disk."""
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        room = self.limit
+        while True:
+            left = self._shrink(room - len(content))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(content)
+                mapped = np.memmap(temporary, np.uint8, "r")  # while nobody else can drop it
+                os.replace(temporary, path)
+                return mapped
+            except OSError as error:
+                if error.errno not in FULL or not left:
+                    raise
+                room = left  # the disk holds no more
+                with self._mutex:
+                    self._mapped.clear()  # what others dropped takes room for as long as it is mapped
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+
+    def _shrink(self, limit: int) -> int:
+        """Removes blocks until the rest has at most `limit` bytes; how many those are."""
         found = []
-        for path in self.folder.glob("??/*"):
-            if path.suffix != ".lock" and path != keep:
-                try:
-                    status = path.stat()
-                    found.append((status.st_mtime, status.st_size, path))
-                except FileNotFoundError:  # another process drops too
-                    pass
-        total = sum(size for _, size, _ in found) + keep.stat().st_size
+        for path in self.folder.glob(BLOCKS):
+            with suppress(FileNotFoundError):  # another process drops too
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        left = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if total <= self.limit:
-                return
+            if left <= limit:
+                break
             path.unlink(missing_ok=True)
-            total -= size
+            with self._mutex:
+                self._mapped.pop(path.name, None)
+            left -= size
+        for path in self.folder.glob(TEMPORARY):
+            with suppress(OSError):
+                if path.stat().st_mtime < time.time() - STALE:
+                    path.unlink()
+        return left
+
+    def _mapped_bytes(self) -> int:
+        return sum(map(len, self._mapped.values()))
+
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        """Holds a lock, unless there are none here or its holder is stuck."""
+        with ExitStack() as stack:
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(path.open("a"))
+                deadline = time.monotonic() + self.patience.stall
+                while time.monotonic() < deadline and not self.patience.stop.is_set():
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        time.sleep(0.02)
+            yield
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                said = f"the disk of the cache folder {self.folder} is full: make room, or set data.cache to a folder"
+                raise UserError(f"{said} on another disk") from error
+            said = f"cannot use the cache folder {self.folder}: {error.strerror or error}"
+            raise UserError(f"{said}; make it writable, or set data.cache to a folder that is") from error
 
 
 class RemoteBlob(Blob):
@@ -129,11 +231,12 @@ class RemoteBlob(Blob):
         size: int,
         hashes: Sequence[str] = (),
         block_size: int = BLOCK,
+        version: str = "",
     ) -> None:
-        """fs, inner: the fsspec file system and the path in it; path: how people call it."""
+        """fs, inner: the fsspec file system and the path in it; path: how people call it; version: what tells a file
+        without hashes from others that had or will have its name."""
         super().__init__(path, size, hashes, block_size)
-        self._fs, self._inner, self._cache = fs, inner, cache
-        self._blocks: dict[int, np.ndarray] = {}
+        self._fs, self._inner, self._cache, self._version = fs, inner, cache, version
 
     def peek(self, start: int, count: int) -> bytes:
         stop = min(start + count, self.size)
@@ -144,7 +247,7 @@ class RemoteBlob(Blob):
         parts = []
         for block in range(start // self.block_size, -(-stop // self.block_size)):
             begin, _ = self.block_range(block)
-            parts.append(self._block(block)[max(start - begin, 0) : stop - begin])
+            parts.append(self._get(block)[max(start - begin, 0) : stop - begin])
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.uint8)])
         return np.frombuffer(joined.tobytes() if (start % dtype.itemsize) else joined, dtype, count)
 
@@ -159,7 +262,7 @@ class RemoteBlob(Blob):
             begin, end = self.block_range(block)
             lead = (base - begin) % size  # bytes of an element that began in the block before
             inside = np.flatnonzero((first == block) & (last == block))
-            content = self._block(block)
+            content = self._get(block)
             elements = np.frombuffer(content, dtype, (len(content) - lead) // size, lead)
             result[inside] = elements[(base + places[inside] * size - begin - lead) // size]
         for place in np.flatnonzero(first != last):  # those that two blocks share
@@ -168,22 +271,14 @@ class RemoteBlob(Blob):
 
     def ahead(self, start: int, stop: int) -> None:
         for block in range(start // self.block_size, -(-stop // self.block_size)):
-            if block not in self._blocks:
-                self._cache.ahead(partial(self._get, block))
+            self._cache.ahead(partial(self._get, block))
 
     def release(self) -> None:
-        self._blocks.clear()
-
-    def _block(self, block: int) -> np.ndarray:
-        if block not in self._blocks:
-            if len(self._blocks) >= MAPPED:
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block] = self._get(block)
-        return self._blocks[block]
+        pass  # the cache has the handles, few for all its files
 
     def _get(self, block: int) -> np.ndarray:
         start, stop = self.block_range(block)
-        name = self.hashes[block] if self.hashes else f"{self.path} {self.size} {start} {stop}"
+        name = self.hashes[block] if self.hashes else f"{self.path} {self.size} {self._version} {start} {stop}"
         attempts = 0
 
         def fetch() -> bytes:
@@ -210,8 +305,9 @@ class RemoteBlob(Blob):
         return content
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns, if it does in time. Raises TimeoutError, and leaves it behind, else."""
+def _within(seconds: float, work: Callable[[], T], stop: threading.Event) -> T:
+    """What `work` returns, if it does in time. Raises TimeoutError, and leaves it behind, else, and when `stop` is
+    set."""
     outcome: list[tuple[bool, Any]] = []
 
     def run() -> None:
@@ -222,7 +318,9 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and not stop.is_set() and (left := deadline - time.monotonic()) > 0:
+        thread.join(min(left, 0.2))
     if not outcome:
         raise TimeoutError(f"no answer in {seconds:.0f} s")
     done, value = outcome[0]
@@ -237,13 +335,11 @@ def is_missing(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", 0) in (404, 410))
 
 
+def _is_forbidden(error: Exception) -> bool:
+    status = getattr(error.__cause__ or error, "status", 0)
+    return isinstance(error, PermissionError) or status in (401, 403)
+
+
 def _reason(error: BaseException) -> str:
     text = str(error.__cause__ or error) or type(error).__name__
     return " ".join(text.split())[:200]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

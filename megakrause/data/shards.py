@@ -32,7 +32,8 @@ from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 
 NUMPY = {".npy": None, ".u16": np.dtype(np.uint16), ".u32": np.dtype(np.uint32)}
-MAPPED = 16  # shards that are mapped at a time
+MAPPED = 64  # shards that are mapped at a time
+PARTS, PART = 8, 4096  # of a file, at even distances, and bytes of each
 
 
 class Corpus:
@@ -88,18 +89,27 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits that stand for the content: the manifest's, or without one, of the sizes of the files and of
-        where blocks begin."""
+        """32 hex digits that stand for the content: the manifest's, or without one, of the sizes of the files, of some
+        parts of each, and of where blocks begin."""
         if self.manifest:
             return self.manifest.fingerprint
-        what = [(shard.dtype.name, shard.tokens.size, shard.cuts) for shard in self.shards]
-        return xxhash.xxh3_128_hexdigest(repr(what).encode())
+        digest = xxhash.xxh3_128()
+        for shard in self.shards:
+            digest.update(repr((shard.dtype.name, shard.cuts)).encode())
+            for blob in shard.blobs:
+                digest.update(repr(blob.size).encode())
+                for part in range(PARTS):
+                    digest.update(blob.peek(part * max(blob.size - PART, 0) // (PARTS - 1), PART))
+        return digest.hexdigest()
 
     def documents_of(self, block: int) -> tuple[Shard, np.ndarray]:
         """The shard of a block, and in it the tokens at which its documents begin and the last one ends,
         int64 [documents + 1]."""
         number, inside = self._blocks[block]
-        return self._use(self.shards[number]), self.shards[number].documents(inside)
+        return self.shard_of(block), self.shards[number].documents(inside)
+
+    def shard_of(self, block: int) -> Shard:
+        return self._use(self.shards[self._blocks[block][0]])
 
     def announce(self, block: int) -> None:
         """A block will be wanted soon."""
@@ -122,11 +132,12 @@ class Corpus:
 
     def _use(self, shard: Shard) -> Shard:
         """Keeps few files mapped, however many shards there are."""
-        if shard not in self._recent:
-            self._recent.append(shard)
-            if len(self._recent) > MAPPED:
-                for blob in self._recent.pop(0).blobs:
-                    blob.release()
+        if shard in self._recent:
+            self._recent.remove(shard)
+        self._recent.append(shard)
+        if len(self._recent) > MAPPED:
+            for blob in self._recent.pop(0).blobs:
+                blob.release()
         return shard
 
 

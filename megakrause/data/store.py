@@ -11,6 +11,12 @@ from megakrause.data.blob import BLOCK, Blob, LocalBlob
 from megakrause.data.remote import BlockCache, RemoteBlob, default_folder, is_missing
 from megakrause.errors import UserError
 
+# What fsspec's stores call that by which one version of a file is told from another.
+VERSION = (
+    *("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "modified"),
+    *("version", "VersionId", "version_id", "generation", "blob_id", "sha", "ino"),
+)
+
 
 class Store:
     """The files beside a path or URL. Everything raises UserError with the file's name and what is wrong."""
@@ -35,10 +41,7 @@ class Store:
                 return os.stat(path).st_size
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from error
-        size = self._ask(path, lambda: self._fs.info(self._inner(path))["size"])
-        if size is None:
-            raise UserError(f"cannot read {path}: the server does not say how large it is")
-        return int(size)
+        return int(self._info(path)["size"])
 
     def exists(self, path: str) -> bool:
         if self.is_local:
@@ -64,21 +67,40 @@ class Store:
         return bytes(self._ask(path, lambda: self._fs.cat_file(self._inner(path))))
 
     def files(self, folder: str) -> list[str]:
-        """The files in a folder, by name; none where it is no folder."""
+        """The files in a folder, by name; none where it is no folder, or the store cannot list."""
         if self.is_local:
             return sorted(str(path) for path in Path(folder).iterdir()) if os.path.isdir(folder) else []
-        try:
-            found = self._ask(folder, lambda: self._fs.ls(self._inner(folder), detail=False))
-        except UserError:
-            return []
-        return sorted(self._outer + path if not path.startswith(self._outer) else path for path in found)
+
+        def found() -> list[str]:
+            try:
+                return list(self._fs.ls(self._inner(folder), detail=False))
+            except (NotImplementedError, NotADirectoryError):
+                return []
+            except FileNotFoundError as error:
+                if is_missing(error):
+                    return []
+                raise
+
+        paths = self._ask(folder, found)
+        return sorted(self._outer + path if not path.startswith(self._outer) else path for path in paths)
 
     def blob(self, path: str, size: int | None = None, hashes: Sequence[str] = (), block_size: int = BLOCK) -> Blob:
         """A file to be read. size: what it must be; None: what it is."""
-        size = self.size(path) if size is None else size
         if self.is_local:
-            return LocalBlob(path, size, hashes, block_size)
-        return RemoteBlob(self._fs, path, self._inner(path), self._cache, size, hashes, block_size)
+            return LocalBlob(path, self.size(path) if size is None else size, hashes, block_size)
+        version = ""
+        if size is None or not hashes:
+            info = self._info(path)
+            version = " ".join(f"{name}={info[name]}" for name in VERSION if info.get(name))
+            size = int(info["size"]) if size is None else size
+        return RemoteBlob(self._fs, path, self._inner(path), self._cache, size, hashes, block_size, version)
+
+    def _info(self, path: str) -> dict[str, Any]:
+        """What the store says of a file. Raises UserError when it is not there, or its size is not said."""
+        info: dict[str, Any] = self._ask(path, lambda: self._fs.info(self._inner(path)))
+        if info.get("size") is None:
+            raise UserError(f"cannot read {path}: the server does not say how large it is")
+        return info
 
     def _inner(self, path: str) -> str:
         return str(self._fs._strip_protocol(path))

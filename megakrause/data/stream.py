@@ -9,24 +9,29 @@ a second and core that is for runs of a few million tokens a second; larger ones
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import os
+import sys
+from collections.abc import Generator, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
+from tqdm import tqdm
 
 from megakrause.data.encode import EncodeOptions, encode_groups
-from megakrause.data.inputs import Input
+from megakrause.data.inputs import Input, find_inputs
 from megakrause.data.order import key_of, permute
 from megakrause.data.packing import Packing
-from megakrause.data.sources import cut_parts, group_parts
+from megakrause.data.quarantine import Rejected
+from megakrause.data.sources import Part, cut_parts, group_parts
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.windows import PackedBlock, Rows
 from megakrause.errors import UserError
 
 BLOCK_BYTES = 16 << 20  # of text
-ENOUGH, BAD = 1000, 0.01  # of so many documents, so large a part may be bad
+ENOUGH, BAD = 1000, 0.01  # of so many documents, and of a whole epoch, so large a part may be bad
+PARTS, PART = 4, 4096  # of a file that its fingerprint is taken of, at even distances, and bytes of each
 
 
 class Place(NamedTuple):
@@ -66,7 +71,7 @@ class TextStream:
         self.name = name
         self.seq_len = seq_len
         self.eos = tokenizer.eos
-        what = (list(inputs), tokenizer.fingerprint, options, BLOCK_BYTES)
+        what = ([_content(one) for one in inputs], tokenizer.fingerprint, options, BLOCK_BYTES)
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(what).encode())
         self._inputs, self._tokenizer, self._options = inputs, tokenizer, options
         self._seed, self._packing, self._workers = seed, packing, workers
@@ -120,9 +125,11 @@ class TextStream:
             parts = cut_parts(self._inputs, self._options.reading, place.input, place.start)
             groups = encode_groups(group_parts(parts), self._tokenizer, self._options, self._workers)
             tokens, lengths, size, begun = [], [], 0, place.sample
+            self._good = self._bad = 0
             try:
                 for group, made in groups:
-                    self._count(len(made.lengths), [one for part in made.rejected for one in part])
+                    self._check(group)
+                    self._count(len(made.lengths), zip(group, made.rejected, strict=True), ENOUGH)
                     tokens.append(made.tokens)
                     lengths.append(made.lengths)
                     size += made.text_bytes
@@ -136,6 +143,7 @@ class TextStream:
                         tokens, lengths, size = [], [], 0
             finally:
                 groups.close()
+            self._count(0, [], 1)
             following = Place(0, place.epoch + 1)
             if size:
                 block = self._block(place, tokens, lengths)
@@ -156,14 +164,47 @@ class TextStream:
         self._places.append(following._replace(sample=block.end))
         return block
 
-    def _count(self, good: int, rejected: list[Any]) -> None:
-        """Raises UserError when too many documents are bad."""
+    def _check(self, group: list[Part]) -> None:
+        """Raises UserError when a file is not what it was at the start: its documents would be lost, unnoticed."""
+        for path in {part.input.path for part in group if part.input.kind != "dataset"}:
+            try:
+                (now,) = find_inputs([path])
+            except UserError as error:
+                raise UserError(f"{path} is gone while it is in use; start again when it is back") from error
+            if now not in self._inputs:
+                raise UserError(f"{path} was changed while it is in use; start again with the files as they are")
+
+    def _count(self, good: int, rejected: Iterable[tuple[Part, list[Rejected]]], enough: int) -> None:
+        """Raises UserError when too many of at least `enough` documents are bad, or a file is damaged."""
         self._good += good
-        self._bad += len(rejected)
+        for part, bad in rejected:
+            is_document = part.input.kind == "text" and self._options.reading.separator is None
+            for one in bad:
+                if one.line is None and not is_document:
+                    raise UserError(f"{one.source} is damaged: {one.reason}")
+                if not self._bad and os.environ.get("RANK", "0") == "0":
+                    line = "" if one.line is None else f", line {one.line} of a part"
+                    said = f"{self.name}: what cannot be read is left out, first {one.source}{line}: {one.reason}"
+                    tqdm.write(said, file=sys.stderr)
+                self._bad += 1
         total = self._good + self._bad
-        if rejected and total >= ENOUGH and self._bad > BAD * total:
-            last = rejected[-1]
-            where = last.source if last.line is None else f"{last.source} (line {last.line} of a part)"
+        if total >= enough and self._bad > BAD * total:
             raise UserError(
-                f"{self._bad} of {total} documents of {self.name} cannot be read, the last {where}: {last.reason}"
+                f"{self._bad} of {total} documents of {self.name} cannot be read; prepare a corpus of it, which lists "
+                "them"
             )
+
+
+def _content(one: Input) -> tuple[str, int, str]:
+    """What stands for an input, wherever it lies."""
+    if one.kind == "dataset":
+        return one.path, one.size, one.stamp
+    digest = xxhash.xxh3_128()
+    try:
+        with open(one.path, "rb") as file:
+            for part in range(PARTS):
+                file.seek(part * max(one.size - PART, 0) // (PARTS - 1))
+                digest.update(file.read(PART))
+    except OSError as error:
+        raise UserError(f"cannot read {one.path}: {error.strerror}") from error
+    return os.path.basename(one.path), one.size, digest.hexdigest()

@@ -52,6 +52,10 @@ class TokenWindows:
         return self.order.size
 
     @property
+    def name(self) -> str:
+        return self.corpus.prefix
+
+    @property
     def fingerprint(self) -> str:
         return self.corpus.fingerprint
 
@@ -66,7 +70,7 @@ class TokenWindows:
     def fill(self, rows: Rows, numbers: np.ndarray, samples: np.ndarray) -> None:
         """Writes samples [n] into the rows of these numbers [n]."""
         for epoch, block, chosen, windows in self.order.locate(samples):
-            shard, _ = self.corpus.documents_of(block)
+            shard = self.corpus.shard_of(block)
 
             def take(places: np.ndarray, shard: Shard = shard) -> np.ndarray:
                 return self._known(shard, places, shard.tokens.take(shard.dtype, places, shard.base).astype(np.int64))

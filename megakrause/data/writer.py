@@ -67,6 +67,7 @@ class CorpusWriter:
         self._files: list[FileInfo] = []  # of finished shards
         self._blocks: list[Cuts] = []  # of each of them
         self._shard: ShardFiles | None = None
+        self._finished = False  # files may have their final names already
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._lock = unfinished_path(prefix).open("a")
@@ -111,7 +112,7 @@ class CorpusWriter:
         self.progress = progress
         if self._shard:
             self._shard.sync()
-        self._write_journal(finished=False)
+        self._write_journal(finished=self._finished)
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -119,22 +120,22 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._lock:
+            try:
+                if kind is None:
+                    self._finish_shard()
+                    if not self.num_tokens:
+                        remove_journal(self.prefix)
+                        raise UserError(f"no document has any text: the corpus {self.prefix} would be empty")
+            except BaseException:
+                self._leave()
+                raise
             if kind is None:
-                self._finish_shard()
-                if not self.num_tokens:
-                    remove_journal(self.prefix)
-                    raise UserError(f"no document has any text: the corpus {self.prefix} would be empty")
-        except BaseException:
-            self._leave()
-            raise
-        if kind is None:
-            if self._settings is not None:
-                self._write_journal(finished=True)
-            self._publish()
-        else:
-            self._leave()
-        self._lock.close()
+                if self._settings is not None:
+                    self._write_journal(finished=True)
+                self._publish()
+            else:
+                self._leave()
 
     def _why_anew(self, journal: Journal) -> str | None:
         """What forbids to go on from a journal."""
@@ -153,7 +154,7 @@ class CorpusWriter:
         return None
 
     def _restore(self, journal: Journal) -> None:
-        self.progress = journal.progress
+        self.progress, self._finished = journal.progress, journal.finished
         self.num_tokens, self.num_documents = journal.tokens, journal.documents
         self.text_bytes = journal.text_bytes
         self._files, self._blocks = journal.files, journal.blocks

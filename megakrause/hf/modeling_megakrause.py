@@ -26,6 +26,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+# What outputs call the cache, and generate() the argument: "past_key_values" until transformers 5.23.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class MegakrauseConfig(PretrainedConfig):
     """attention: "krause" or "softmax" for each layer. krause_sigma: initial width of the kernel of every head (`top_k`
@@ -33,7 +36,7 @@ class MegakrauseConfig(PretrainedConfig):
     rotary ones."""
 
     model_type = "megakrause"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"sliding_window": "krause_window"}
 
     def __init__(
@@ -231,7 +234,7 @@ class MegakrausePreTrainedModel(PreTrainedModel):
     config_class = MegakrauseConfig
     base_model_prefix = "model"
     _no_split_modules = ["MegakrauseLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -239,6 +242,13 @@ class MegakrausePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MegakrauseAttention) and module.log_sigma is not None:
             init.constant_(module.log_sigma, math.log(module.sigma))
+
+
+def positions_in_documents(mask: Tensor) -> Tensor:
+    """int64 [b, s]: how many positions of its own document stand before each."""
+    index = torch.arange(mask.shape[1], device=mask.device)
+    begins = mask.ne(F.pad(mask, (1, 0), value=-1)[:, :-1])
+    return index - (index * begins).cummax(-1).values
 
 
 class MegakrauseModel(MegakrausePreTrainedModel):
@@ -258,22 +268,25 @@ class MegakrauseModel(MegakrausePreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """attention_mask: int [b, past + s]; positions see only those with their own number, so that 0 for padding
         (on either side) and 1 for text works, and so does a number for each of several packed documents. Without a
-        mask and a past, positions that start anew in position_ids, int [b or 1, s], open a document."""
+        mask and a past, positions that start anew in position_ids, int [b or 1, s], open a document.
+        past_key_values: another name of the cache."""
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # b s e
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
 
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         end = past + x.shape[1]
         if attention_mask is not None and getattr(attention_mask, "shape", None) != (x.shape[0], end):
             raise ValueError(
@@ -282,7 +295,10 @@ class MegakrauseModel(MegakrausePreTrainedModel):
             )
         if position_ids is None:
             text = x.new_ones(1, end) if attention_mask is None else attention_mask
-            position_ids = (text.ne(0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+            position_ids = (text.ne(0).cumsum(-1) - 1).clamp(min=0)
+            if self.embed_positions is not None and bool((text > 1).any()):
+                position_ids = positions_in_documents(text)
+            position_ids = position_ids[:, past:]
         elif attention_mask is None and past == 0:
             attention_mask = (position_ids.diff(dim=-1, prepend=position_ids[:, :1]) != 1).cumsum(-1)
             attention_mask = attention_mask.expand(x.shape[0], -1)
@@ -298,10 +314,11 @@ class MegakrauseModel(MegakrausePreTrainedModel):
         states: tuple[Tensor, ...] | None = () if keep_states else None
         for layer in self.layers:
             states = None if states is None else (*states, x)
-            x = layer(x, rotary, attention_mask, past_key_values)
+            x = layer(x, rotary, attention_mask, cache)
         x = self.norm(x)
         states = None if states is None else (*states, x)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, hidden_states=states)
+        named: dict[str, Any] = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **named)
 
 
 class MegakrauseForCausalLM(MegakrausePreTrainedModel, GenerationMixin):
@@ -319,12 +336,13 @@ class MegakrauseForCausalLM(MegakrausePreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [b, s, v] of the next token, and the loss where labels (int64 [b, s], -100: not counted) are given.
@@ -333,7 +351,7 @@ class MegakrauseForCausalLM(MegakrausePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -347,6 +365,6 @@ class MegakrauseForCausalLM(MegakrausePreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )

@@ -21,7 +21,8 @@ from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_check
 from megakrause.checkpoint.write import remove_leftovers, save_checkpoint
 from megakrause.config import RunConfig
 from megakrause.data.loader import eval_batches, num_eval_batches, train_batches
-from megakrause.data.open import eval_windows, train_samples
+from megakrause.data.mixed import describe_past
+from megakrause.data.open import Batches, eval_windows, train_samples
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.models.build import build_model, flops_per_token, whole_shapes
@@ -57,14 +58,21 @@ class Trainer:
         self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.data.tokenizer))
         self.config = resolve(config, self.tokenizer.vocab_size)
         config = self.config
-        self.samples = mesh.world.together(lambda: train_samples(config, self.tokenizer))
+        checkpoint = self._find_checkpoint()
+        self.batches = Batches(config.train.global_batch)
+        if checkpoint is not None:
+            before = checkpoint.step, checkpoint.state["position"], checkpoint.state["batches"]
+            self.batches = Batches(config.train.global_batch, *before)
+        self.samples = mesh.world.together(lambda: train_samples(config, self.tokenizer, self.batches))
         self.valid_windows = mesh.world.together(lambda: eval_windows(config, self.tokenizer))
+        self._check_same_data()
+        if checkpoint is not None:
+            self._check_same_run(checkpoint)
         self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
             start = find_checkpoint(config.train.init_from, mesh.world)
             check_shapes(start, config.model)
-        checkpoint = self._find_checkpoint()
         # 2. The output folder, which is this run's alone from now on.
         self.lock = mesh.world.together(lambda: self._prepare_output() if mesh.is_main else None)
         # 3. The engine.
@@ -197,7 +205,9 @@ class Trainer:
                 "tokens": self.tokens,
                 "ranks": self.mesh.world.size,
                 "train_data": self.samples.past(self.position),
+                "sources": self.samples.names,
                 "streams": self.samples.stream_states(self.position),
+                "batches": self.batches.changes,
                 "tokenizer": self.tokenizer.fingerprint,
             },
             files={"config.toml": self.config.to_toml().encode(), **self.tokenizer.files},
@@ -216,9 +226,7 @@ class Trainer:
         checkpoint, passed_over = newest_checkpoint(root, self.mesh.world)
         for reason in passed_over:
             self._say(f"passed over {reason}")
-        if checkpoint is not None:
-            self._check_same_run(checkpoint)
-        elif (self.output / "metrics.jsonl").exists():
+        if checkpoint is None and (self.output / "metrics.jsonl").exists():
             self._say(f"{self.output} has no checkpoint yet: starting again from step 0")
         return checkpoint
 
@@ -232,13 +240,33 @@ class Trainer:
             ("train.seed", saved.train.seed, now.train.seed),
             *((f"data.{k}", getattr(saved.data, k), getattr(now.data, k)) for k in ORDER_KEYS),
             ("the tokenizer's hash", state["tokenizer"], self.tokenizer.fingerprint),
-            ("data.train up to here", state["train_data"], self.samples.past(state["position"])),
         ]:
             if before != after:
                 raise UserError(
                     f"{folder} was trained with {key} = {before}, now it is {after}; "
                     "restore it, or choose another output (and train.init_from to start from these weights)"
                 )
+
+        names = state["sources"] | self.samples.names
+        mixes = state["train_data"], self.samples.past(state["position"])
+        if mixes[0] != mixes[1]:
+            before, after = (describe_past(mix, names) for mix in mixes)
+            raise UserError(
+                f"{folder} was trained on {before}, now data.train says {after} for that; what comes may change, what "
+                "was must not: restore it, or choose another output"
+            )
+
+    def _check_same_data(self) -> None:
+        """Raises UserError on every rank when they read different data."""
+        mine = {name: fingerprint for fingerprint, name in self.samples.names.items()}
+        if self.valid_windows is not None:
+            mine |= {f"{self.config.data.valid} (held out)": self.valid_windows.fingerprint}
+        for rank, theirs in enumerate(every := self.mesh.world.gather_objects(mine)):
+            for name, fingerprint in theirs.items():
+                if fingerprint != every[0].get(name):
+                    raise UserError(
+                        f"{name} is not the same on rank {rank} as on rank 0; copy it again", everywhere=True
+                    )
 
     def _prepare_output(self) -> TextIO:
         """Makes the folder and takes it for this run. Raises UserError when another has it."""

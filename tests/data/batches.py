@@ -1,6 +1,6 @@
 """Prints a hash of every global batch of a config's run, and the state after it, until it is killed.
 
-python tests/data/batches.py CONFIG.toml RANKS PREFETCH MICRO_BATCHES WORKERS POSITION STREAMS
+python tests/data/batches.py CONFIG.toml RANKS PREFETCH WORKERS POSITION STREAMS
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from megakrause.data.open import train_samples
 from megakrause.data.tokenizer import Tokenizer
 
 
-def main(
-    path: str, ranks: int, prefetch: int, micro_batches: int, workers: int, start: int, streams: dict[str, Any]
-) -> None:
+def main(path: str, ranks: int, prefetch: int, workers: int, start: int, streams: dict[str, Any]) -> None:
     sources.CHUNK, stream.BLOCK_BYTES = 600, 1500  # so that a few texts are many blocks
     config = load_config(path, [f"data.workers={workers}"])
     size, loaders = config.train.global_batch, []
@@ -31,19 +29,16 @@ def main(
         loaders.append(
             train_batches(samples, global_batch=size, rank=rank, ranks=ranks, start=start, prefetch=prefetch)
         )
-    rows = size // ranks // micro_batches
     for together in zip(*loaders, strict=True):
         digest = xxhash.xxh3_128()
         for batch, _ in together:
-            for first in range(0, size // ranks, rows):
-                part = batch[slice(first, first + rows)]
-                assert part.doc_start is not None
-                for row in range(rows):  # a row at a time, so that cuts do not show
-                    for field in (part.tokens, part.targets, part.loss_mask, part.doc_start):
-                        digest.update(field[row].to(torch.int64).numpy().tobytes())
+            assert len(batch.tokens) == size // ranks and batch.doc_start is not None
+            for row in range(size // ranks):  # a row at a time, so that the ranks' shares do not show
+                for field in (batch.tokens, batch.targets, batch.loss_mask, batch.doc_start):
+                    digest.update(field[row].to(torch.int64).numpy().tobytes())
         (position,) = {position for _, position in together}
         print(digest.hexdigest(), position, json.dumps(samples.stream_states(position)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:7]), json.loads(sys.argv[7]))
+    main(sys.argv[1], *map(int, sys.argv[2:6]), json.loads(sys.argv[6]))

@@ -1,4 +1,4 @@
-"""The sequence of global batches, by their hashes, whatever the ranks, read-ahead, accumulation and restarts."""
+"""The sequence of global batches, by their hashes, whatever the ranks, read-ahead, worker processes and restarts."""
 
 from __future__ import annotations
 
@@ -83,13 +83,11 @@ def streamed(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_fact
     return path
 
 
-def run(
-    config: Path, count: int, ranks: int, prefetch: int, micro_batches: int, workers: int = 0, after: str = "- 0 {}"
-) -> list[str]:
+def run(config: Path, count: int, ranks: int, prefetch: int, workers: int = 0, after: str = "- 0 {}") -> list[str]:
     """`count` batches, after the one of which this is the line, from a process that is then killed: "HASH STATE"."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     _, position, streams = after.split(" ", 2)
-    options = [str(option) for option in (ranks, prefetch, micro_batches, workers, position, streams)]
+    options = [str(option) for option in (ranks, prefetch, workers, position, streams)]
     command = [sys.executable, "tests/data/batches.py", str(config), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -105,33 +103,33 @@ STEPS = 25
 
 def resumed(config: Path, workers: int) -> list[str]:
     """The same steps with other numbers of ranks, killed after odd numbers of steps."""
-    lines = run(config, 7, 4, 3, 1, workers)
+    lines = run(config, 7, 4, 3, workers)
     for ranks, count, prefetch in ((2, 5, 1), (8, 3, 0), (1, STEPS - 15, 3)):
-        lines += run(config, count, ranks, prefetch, 1, workers, after=lines[-1])
+        lines += run(config, count, ranks, prefetch, workers, after=lines[-1])
     return lines
 
 
 def test_killed_and_resumed_with_another_number_of_ranks(config: Path) -> None:
-    whole = run(config, STEPS, 1, 0, 1)
+    whole = run(config, STEPS, 1, 0)
     assert len(set(whole)) == STEPS
     assert resumed(config, 0) == whole
 
 
 def test_text_that_is_tokenized_while_it_is_read(streamed: Path) -> None:
-    whole = run(streamed, STEPS, 1, 0, 1)
+    whole = run(streamed, STEPS, 1, 0)
     assert len(set(whole)) == STEPS and len({line.split(" ", 2)[2] for line in whole}) > 3  # blocks and epochs
     assert resumed(streamed, 3 if streamed.parent.joinpath("t.jsonl").exists() else 0) == whole
 
 
 @pytest.mark.slow
 def test_every_way_of_sharing_the_work(config: Path) -> None:
-    whole = run(config, STEPS, 1, 0, 1)
-    for ranks, prefetch, micro_batches in product((1, 2, 4), (0, 1, 3), (1, 2)):
-        assert run(config, STEPS, ranks, prefetch, micro_batches) == whole, (ranks, prefetch, micro_batches)
+    whole = run(config, STEPS, 1, 0)
+    for ranks, prefetch in product((1, 2, 4), (0, 1, 3)):
+        assert run(config, STEPS, ranks, prefetch) == whole, (ranks, prefetch)
 
 
 @pytest.mark.slow
 def test_every_way_of_sharing_the_work_on_a_stream(streamed: Path) -> None:
-    whole = run(streamed, STEPS, 1, 0, 1)
-    for ranks, workers, micro_batches in product((1, 2, 4), (0, 1, 3), (1, 2)):
-        assert run(streamed, STEPS, ranks, 2, micro_batches, workers) == whole, (ranks, workers, micro_batches)
+    whole = run(streamed, STEPS, 1, 0)
+    for ranks, workers in product((1, 2, 4), (0, 1, 3)):
+        assert run(streamed, STEPS, ranks, 2, workers) == whole, (ranks, workers)

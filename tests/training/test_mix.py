@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megakrause.checkpoint.read import find_checkpoint
 from megakrause.cli import main
 from megakrause.config import load_config
+from megakrause.data.open import train_samples
+from megakrause.data.tokenizer import Tokenizer
 from tests.training.runs import losses, train
+from tests.training.test_watch import start
 
 
 @pytest.fixture
@@ -39,7 +43,8 @@ def test_what_was_trained_on_stays_and_what_comes_may_change(
     text = mix.read_text()
     mix.write_text(text.replace("[0, 0.75]", "[0, 0.5]"))
     assert main(["train", str(mix)]) == 1
-    assert "was trained with data.train up to here = " in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "was trained on 0.75 " in error and "now data.train says 0.667 " in error and "/train" in error
     mix.write_text(text.replace("[4, 0.5]", "[4, 0.1], [5, 0.9]"))
     assert main(["train", str(mix)]) == 0
     for key, value in (("data.packing", "best_fit"), ("data.shuffle_blocks", 3)):
@@ -52,9 +57,9 @@ def test_more_epochs_than_allowed_are_refused(mix: Path, tmp_path: Path, capfd: 
     assert main(["train", str(mix), "train.steps=100000"]) == 1
     line = capfd.readouterr().err.strip()
     assert line.startswith("error: train.steps = 100000 of train.global_batch = 4 need 400000 sequences, the epochs")
-    steps = int(line.rpartition(" = ")[2])
+    steps = int(line.partition(", which is train.steps = ")[2].partition(";")[0])
     assert main(["train", str(mix), f"train.steps={steps + 1}"]) == 1
-    assert f"at most train.steps = {steps}" in capfd.readouterr().err
+    assert f"which is train.steps = {steps};" in capfd.readouterr().err
 
 
 def test_a_corpus_listed_twice_is_refused(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -76,3 +81,43 @@ def test_the_sequences_of_a_step_are_shown(mix: Path, capfd: pytest.CaptureFixtu
     assert "need --tokenizer" in capfd.readouterr().err
     assert main(["data", "show", str(config.data.valid), "--tokenizer", config.data.tokenizer, "--document", "6"]) == 1
     assert "has 6 documents; --document 6 is none of them" in capfd.readouterr().err
+
+
+def test_another_global_batch_keeps_the_order_the_limits_and_the_curriculum(
+    mix: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The weights change at step 4: of samples 4 * 2 after two steps of 2, and then of two more of 8."""
+    train(mix, "train.global_batch=2", "train.steps=2")
+    train(mix, "train.global_batch=8", "train.steps=8")
+    state = find_checkpoint(tmp_path / "run").state
+    assert state["batches"] == [[0, 0, 2], [2, 4, 8]] and state["position"] == 2 * 2 + 6 * 8
+    assert [segment["start"] for segment in state["train_data"]] == [0, 2 * 2 + 2 * 8]
+    # Epochs are counted in what was used, not in steps of today's size.
+    config = load_config(mix)
+    windows = train_samples(config, Tokenizer.load(config.data.tokenizer)).sources[1]
+    allowed = 20 * len(windows)  # type: ignore[arg-type]
+    mix.write_text(mix.read_text().replace("[4, 0.5]", "[4, 0.5], [8, 0.0]"))
+    left = allowed - describe_given(tmp_path / "run")
+    assert main(["train", str(mix), "train.global_batch=1", f"train.steps={8 + left + 1}"]) == 1
+    assert f"which is train.steps = {8 + left};" in capfd.readouterr().err
+
+
+def describe_given(output: Path) -> int:
+    """How many sequences the second source has given."""
+    first, second = find_checkpoint(output).state["train_data"]
+    assert list(first["mix"].values()) == [3, 1] and list(second["mix"].values()) == [2, 1]
+    count = 20 // 4 + sum(1 for n in range(32) if n % 3 == 1)  # 20 samples of 3 1, 32 of 2 1
+    return count
+
+
+def test_ranks_that_read_different_data_are_refused(mix: Path, tmp_path: Path) -> None:
+    prelude = """
+if os.environ["RANK"] == "1":
+    from megakrause.data.shards import Corpus
+    Corpus.fingerprint = property(lambda self: "0" * 32 if self.prefix.endswith("valid") else self.manifest.fingerprint)
+"""
+    launcher = start(mix, tmp_path / "run", prelude=prelude)
+    _, said = launcher.communicate(timeout=200)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert launcher.returncode != 0 and len(errors) == 1, said
+    assert "valid is not the same on rank 1 as on rank 0; copy it again" in errors[0]
