@@ -457,6 +457,36 @@ def test_blocks_of_many_and_of_long_documents(tmp_path: Path, monkeypatch: pytes
     assert document_starts(corpus) == [sum(lengths[:i]) for i in range(len(lengths))]
 
 
+def test_blocks_of_a_manifest_are_not_taken_on_trust(
+    write_corpus: WriteCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "BLOCK_DOCUMENTS", 2)
+    prefix = write_corpus(DOCUMENTS)
+    path = Path(prefix + ".manifest.json")
+    truth = json.loads(path.read_text())
+    before = Corpus.open(prefix).fingerprint
+    assert truth["blocks"] == [[[0, 0], [2, 6], [4, 13], [5, 16]]]
+    for blocks in ([[0, 0], [2, 6], [4, 13]], [[2, 6], [5, 16]], [[0, 0], [4, 13], [2, 6], [5, 16]]):
+        path.write_text(json.dumps({**truth, "blocks": [blocks]}))
+        assert "has wrong blocks" in refused(prefix)
+    path.write_text(json.dumps({**truth, "blocks": [[[0, 0], [3, 12], [5, 16]]]}))
+    assert Corpus.open(prefix).fingerprint != before
+    assert "has other blocks than its documents" in found(prefix)
+
+
+def test_foreign_corpora_of_one_size_are_not_the_same(tmp_path: Path) -> None:
+    for name, token in (("a.u16", 7), ("b.u16", 8)):
+        (tmp_path / name).write_bytes(np.full(50_000, token, np.uint16).tobytes())
+    first, second = (Corpus.open(tmp_path / name).fingerprint for name in ("a.u16", "b.u16"))
+    assert first != second
+
+
+def test_an_index_that_leaves_tokens_out(tmp_path: Path) -> None:
+    tokens = np.arange(5, dtype=np.int32)
+    assert "its documents are of sequences 1 to 2" in refused(write_foreign(tmp_path / "f", [2, 3], [1, 2], tokens))
+    assert "its documents are of sequences 2 to 2" in refused(write_foreign(tmp_path / "f", [2, 3], [2], tokens))
+
+
 # Other software's
 
 
