@@ -1,7 +1,7 @@
 """Hugging Face datasets as inputs, read as a stream: `hf:ID[:CONFIG][@SPLIT][#REVISION]`.
 
 Without a revision, a dataset on the hub is read as it is when a run begins, and a run that goes on needs that again.
-ID is a dataset on the hub, a folder that `save_to_disk` wrote, or a folder of data files that `datasets` understands. No
+ID is a dataset on the hub, a folder that `save_to_disk` wrote, or one of data files that `datasets` understands. No
 code that comes with a dataset is run.
 """
 

@@ -13,6 +13,7 @@ from megakrause.batch import TokenBatch
 from megakrause.data.tokens import TokenWindows
 
 T = TypeVar("T")
+CLOSING = 5.0  # seconds that a reader may take to notice that nobody wants more; one that waits for a store is left
 
 
 class Samples(Protocol):
@@ -95,4 +96,4 @@ def _prefetched(items: Iterator[T], depth: int) -> Generator[T, None, None]:
             yield item
     finally:
         closed.set()
-        thread.join()
+        thread.join(CLOSING)
