@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from megakrause.batch import TokenBatch
 from megakrause.data.mixture import Mixture
+from megakrause.data.remote import BlockCache
 from megakrause.data.stream import TextStream
 from megakrause.data.tokens import TokenWindows
 from megakrause.data.windows import Rows
@@ -17,7 +19,15 @@ from megakrause.data.windows import Rows
 class MixedWindows:
     """Windows of several sources, by weights (mixture.py)."""
 
-    def __init__(self, sources: Sequence[TokenWindows | TextStream], mixture: Mixture, mask_documents: bool) -> None:
+    def __init__(
+        self,
+        sources: Sequence[TokenWindows | TextStream],
+        mixture: Mixture,
+        mask_documents: bool,
+        cache: BlockCache | None = None,
+    ) -> None:
+        """cache: of sources that are read from elsewhere, which `close` closes."""
+        self._cache = cache
         self.sources = sources
         self.mixture = mixture
         self.mask_documents = mask_documents
@@ -68,10 +78,13 @@ class MixedWindows:
                 source.resume(states[source.fingerprint])
 
     def close(self) -> None:
-        """Ends the processes of streamed sources."""
+        """Ends what waits for a store, and the processes of streamed sources. Nothing can be read afterwards."""
+        if self._cache is not None:
+            self._cache.close()
         for source in self.sources:
             if isinstance(source, TextStream):
-                source.close()
+                with suppress(ValueError):  # a thread that was left behind is reading
+                    source.close()
 
 
 def describe_past(past: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:

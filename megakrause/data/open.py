@@ -44,11 +44,11 @@ def train_samples(config: RunConfig, tokenizer: Tokenizer, batches: Batches | No
 
     Raises UserError when a source cannot be read, is listed twice, or when the sources may not be used as often as the
     run needs."""
-    train = config.train
+    train, cache = config.train, _cache(config)
     batches = batches or Batches(train.global_batch)
     sources, shares, seen = [], [], dict[str, str]()
     for source in config.data.sources:
-        windows = _open(config, source, tokenizer)
+        windows = _open(config, source, tokenizer, cache)
         if other := seen.get(windows.fingerprint):
             raise UserError(f"data.train lists one source twice, as {other} and {source.path}; add their weights")
         seen[windows.fingerprint] = source.path
@@ -67,7 +67,7 @@ def train_samples(config: RunConfig, tokenizer: Tokenizer, batches: Batches | No
             f"epochs and weights of data.train allow {mixture.size}, which is train.steps = {steps}; use that, or "
             "allow more epochs"
         )
-    return MixedWindows(sources, mixture, config.data.mask_documents)
+    return MixedWindows(sources, mixture, config.data.mask_documents, cache)
 
 
 def eval_windows(config: RunConfig, tokenizer: Tokenizer, prefix: str | None = None) -> TokenWindows | None:
@@ -79,7 +79,9 @@ def eval_windows(config: RunConfig, tokenizer: Tokenizer, prefix: str | None = N
     return TokenWindows(corpus, config.train.seq_len, eos=tokenizer.eos, mask_documents=config.data.mask_documents)
 
 
-def _open(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer) -> TokenWindows | TextStream:
+def _open(
+    config: RunConfig, source: SourceConfig, tokenizer: Tokenizer, cache: BlockCache
+) -> TokenWindows | TextStream:
     data, train = config.data, config.train
     if TEXT.fullmatch(source.path):
         options = EncodeOptions(ReadOptions(source.text_field, source.separator), tokenizer.eos)
@@ -94,7 +96,7 @@ def _open(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer) -> Toke
             workers=data.workers,
         )
     return TokenWindows(
-        Corpus.open(source.path, tokenizer, source.dtype, _cache(config)),
+        Corpus.open(source.path, tokenizer, source.dtype, cache),
         train.seq_len,
         eos=tokenizer.eos,
         mask_documents=data.mask_documents,

@@ -75,7 +75,7 @@ class BlockCache:
 
     Any number of processes may share the folder. Blocks are written under other names and then renamed, and are mapped
     while they certainly exist, so that none is seen half written and one that is dropped stays readable; the locks are
-    there only to fetch nothing twice.
+    there only to fetch nothing twice and to keep to the limit.
     """
 
     def __init__(self, folder: str | Path, limit: int = 16 << 30, patience: Patience | None = None) -> None:
@@ -101,7 +101,9 @@ class BlockCache:
                 with self._alone(self.folder / f"{key[:2]}.lock"):
                     content = self._find(path, size, intact)  # which another process may have fetched
                     if content is None:
-                        content = self._keep(path, fetch())
+                        fetched = fetch()
+                        with self._alone(self.folder / "room.lock"):  # what one makes room for, no other fills
+                            content = self._keep(path, fetched)
         with self._mutex:
             self._mapped.pop(key, None)
             self._mapped[key] = content

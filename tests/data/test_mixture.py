@@ -18,7 +18,7 @@ def counts(mixture: Mixture, samples: int, sources: int) -> np.ndarray:
 
 
 @given(st.lists(weight, min_size=1, max_size=9), st.integers(1, 3000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_source_is_within_one_sample_of_its_share_at_every_sample(weights: list[float], samples: int) -> None:
     given = counts(Mixture([Share(((0, w),)) for w in weights]), samples, len(weights))
     share = np.arange(1, samples + 1)[:, None] * (np.array(weights) / sum(weights))
@@ -42,7 +42,7 @@ def test_a_round_is_even() -> None:
     st.lists(st.tuples(weight, st.none() | st.integers(1, 200)), min_size=1, max_size=5),
     st.lists(st.tuples(st.integers(1, 300), st.integers(0, 4), st.just(0.0) | weight), max_size=5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_limits_and_changes_of_weights(sources: list, changes: list) -> None:
     """Against the definition, segment by segment."""
     schedules = [{0: w} for w, _ in sources]

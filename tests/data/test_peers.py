@@ -13,6 +13,7 @@ from megakrause.data.check import verify_corpus
 from megakrause.data.shards import Corpus
 from tests.data.conftest import WriteCorpus
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of theirs
 RNG = np.random.default_rng(8)
 DOCUMENTS = [[*RNG.integers(2, 900, RNG.integers(0, 50)).tolist(), 1] for _ in range(40)]
 STREAM = [token for document in DOCUMENTS for token in document]

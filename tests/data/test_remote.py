@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +21,14 @@ from megakrause.data import check, formats
 from megakrause.data.check import adopt_corpus, verify_corpus
 from megakrause.data.remote import BlockCache, Patience
 from megakrause.data.shards import Corpus
+from megakrause.data.store import Store
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 from tests.data.conftest import write_documents
 
+ROOT = Path(__file__).parents[2]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 RNG = np.random.default_rng(3)
 DOCUMENTS = [[*RNG.integers(2, 600, RNG.integers(0, 40)).tolist(), 1] for _ in range(60)]
 PATIENT = Patience(total=20, first=0.02, longest=0.1, stall=1)
@@ -34,6 +42,7 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.faults: list[str] = []
         self.always: str | None = None
+        self.listing = 404
         self.requests: list[str] = []
         self.lock = threading.Lock()
 
@@ -62,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.requests.append(f"{path.name} {span}")
                 fault = self.server.always or (self.server.faults.pop(0) if self.server.faults else None)
+        if path.is_dir():
+            return self.send_error(self.server.listing)
         if not path.is_file() or fault == "gone":
             return self.send_error(404)
         if fault == "error":
@@ -81,6 +92,7 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:-1]
         self.send_response(206 if span else 200)
         self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
         self.send_header("Content-Length", str(len(content)))
         if span:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{total}")
@@ -129,6 +141,14 @@ def batches(corpus: Corpus, count: int = 12) -> list[torch.Tensor]:
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def kept(cache: BlockCache) -> list[Path]:
+    return list(cache.folder.glob("??/*"))
+
+
+def held(cache: BlockCache) -> int:
+    return sum(path.stat().st_size for path in kept(cache))
 
 
 def test_a_corpus_elsewhere_gives_the_same_batches(server: Server, prefix: str, cache: BlockCache) -> None:
@@ -194,19 +214,199 @@ def test_what_was_fetched_is_shared_and_mended(server: Server, prefix: str, cach
     again = BlockCache(cache.folder, 1 << 20, PATIENT)
     assert same(batches(Corpus.open(f"{server.url}/c", cache=again)), expected)
     assert len(server.requests) == fetched
-    damaged = max(
-        (path for path in cache.folder.glob("??/*") if path.suffix != ".lock"), key=lambda p: p.stat().st_size
-    )
+    damaged = max(kept(cache), key=lambda p: p.stat().st_size)
     damaged.write_bytes(bytes(damaged.stat().st_size))
+    again = BlockCache(cache.folder, 1 << 20, PATIENT)
     assert same(batches(Corpus.open(f"{server.url}/c", cache=again)), expected)
 
 
 def test_the_cache_is_bounded(server: Server, prefix: str, tmp_path: Path) -> None:
     limit = 1000
     cache = BlockCache(tmp_path / "cache", limit, PATIENT)
-    assert same(batches(Corpus.open(f"{server.url}/c", cache=cache), 30), batches(Corpus.open(prefix), 30))
-    kept = [path.stat().st_size for path in cache.folder.glob("??/*") if path.suffix != ".lock"]
-    assert 0 < sum(kept) <= limit
+    assert same(batches(Corpus.open(f"{server.url}/c", cache=cache)), batches(Corpus.open(prefix)))
+    assert 0 < held(cache) <= limit
+
+
+def test_a_cache_that_was_larger_is_cut(server: Server, prefix: str, cache: BlockCache) -> None:
+    expected = batches(Corpus.open(prefix))
+    batches(Corpus.open(f"{server.url}/c", cache=cache))
+    assert held(cache) > 1000
+    old, young = (cache.folder / "00" / f"{name}.tmp" for name in ("old", "young"))
+    old.parent.mkdir(exist_ok=True)
+    for path in (old, young):
+        path.write_bytes(b"part")
+    os.utime(old, (0, time.time() - 100_000))
+    smaller = BlockCache(cache.folder, 1000, PATIENT)
+    path = max((path for path in kept(cache) if path.suffix != ".tmp"), key=lambda path: path.stat().st_mtime)
+    os.utime(path, (time.time() + 100,) * 2)
+    smaller.get(path.name, path.stat().st_size, lambda: pytest.fail("it is here"), lambda _: True)
+    assert young.exists() and not old.exists()  # another process writes the young one
+    young.unlink()
+    assert 0 < held(smaller) <= 1000
+    assert same(batches(Corpus.open(f"{server.url}/c", cache=smaller)), expected)
+
+
+def test_few_files_are_locks_and_few_blocks_mapped(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path / "cache", 1 << 20, PATIENT)
+    for number in range(300):
+        name = f"{number % 256:02x}{number:030x}"
+        assert bytes(cache.get(name, 4, lambda: b"abcd", lambda _: True)) == b"abcd"
+    assert len(kept(cache)) == 300 and len(list(cache.folder.rglob("*.lock"))) == 257
+    assert len([line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache.folder) in line]) == 64
+    small = BlockCache(tmp_path / "small", 10, PATIENT)
+    for number in range(20):
+        small.get(f"{number:032x}", 4, lambda: b"abcd", lambda _: True)
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(small.folder) in line]
+    assert len(maps) == len(kept(small)) == 2
+
+
+def test_where_nothing_can_be_locked(
+    server: Server, prefix: str, cache: BlockCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert same(batches(Corpus.open(f"{server.url}/c", cache=cache)), batches(Corpus.open(prefix)))
+
+
+def test_whoever_holds_a_lock_for_ever_is_not_waited_for(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path / "cache", 1 << 20, Patience(stall=0.2))
+    cache.folder.mkdir()
+    with (cache.folder / "00.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert bytes(cache.get(32 * "0", 4, lambda: b"abcd", lambda _: True)) == b"abcd"
+
+
+READER = """
+import sys, time
+from pathlib import Path
+from megakrause.data.remote import BlockCache
+from megakrause.data.shards import Corpus
+from tests.data.test_remote import PATIENT, batches, same
+
+url, prefix, folder, seconds = sys.argv[1:]
+expected = batches(Corpus.open(prefix), 2)
+rounds, stop = 0, time.monotonic() + float(seconds)
+while rounds < 3 or time.monotonic() < stop:
+    corpus = Corpus.open(url, cache=BlockCache(folder, 700, PATIENT))
+    assert same(batches(corpus, 2), expected)
+    rounds += 1
+print(rounds)
+"""
+
+
+def test_processes_share_a_cache_that_is_too_small(server: Server, prefix: str, tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path / "cache", 700, PATIENT)
+    arguments = [sys.executable, "-c", READER, f"{server.url}/c", prefix, str(cache.folder), "4"]
+    readers = [
+        subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [reader.communicate(timeout=120) for reader in readers]
+    assert [reader.returncode for reader in readers] == [0, 0, 0], said
+    assert all(int(out) > 0 for out, _ in said)
+    assert len(server.requests) > len(set(server.requests))  # they dropped one another's blocks
+    assert sum(path.stat().st_size for path in kept(cache) if path.suffix != ".tmp") <= 700
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@needs_root
+def test_a_full_disk_is_one_line_unless_dropping_makes_room(
+    server: Server, prefix: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockCache, "ahead", lambda *_: None)  # whose temporary files come and go
+    expected = batches(Corpus.open(prefix))
+    (small_disk / "others").write_bytes(bytes(32 << 10))
+    cache = BlockCache(small_disk / "cache", 1 << 20, PATIENT)
+    with pytest.raises(UserError) as raised:
+        batches(Corpus.open(f"{server.url}/c", cache=cache))
+    assert str(raised.value) == (
+        f"the disk of the cache folder {small_disk}/cache is full: make room, or set data.cache to a folder on another "
+        "disk"
+    )
+    assert not kept(cache)
+    (small_disk / "others").write_bytes(bytes(16 << 10))  # four pages are left for some twenty blocks
+    assert same(batches(Corpus.open(f"{server.url}/c", cache=cache)), expected)
+    assert 0 < len(kept(cache)) <= 4
+
+
+@needs_root
+def test_a_folder_that_may_only_be_read(small_disk: Path) -> None:
+    cache = BlockCache(small_disk / "cache", 1 << 20, PATIENT)
+    cache.get(32 * "1", 4, lambda: b"abcd", lambda _: True)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    again = BlockCache(small_disk / "cache", 1 << 20, PATIENT)
+    assert bytes(again.get(32 * "1", 4, lambda: b"", lambda _: True)) == b"abcd"  # what it holds is of use
+    with pytest.raises(UserError) as raised:
+        again.get(32 * "0", 4, lambda: b"abcd", lambda _: True)
+    assert str(raised.value) == (
+        f"cannot use the cache folder {small_disk}/cache: Read-only file system; make it writable, or set data.cache "
+        "to a folder that is"
+    )
+
+
+def test_a_cache_folder_that_is_a_file(server: Server, prefix: str, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"")
+    cache = BlockCache(tmp_path / "cache", 1 << 20, PATIENT)
+    with pytest.raises(UserError, match=f"^cannot use the cache folder {tmp_path}/cache: .*set data.cache to a folder"):
+        batches(Corpus.open(f"{server.url}/c", cache=cache))
+
+
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_a_file_that_was_replaced_is_read_anew(server: Server, cache: BlockCache, scheme: str) -> None:
+    file = server.folder / "x.npy"
+    url = f"{server.url}/x.npy" if scheme == "http" else f"file://{file}"
+    for first in (0, 5000):
+        tokens = np.arange(first, first + 2000, dtype=np.int32)
+        np.save(file, tokens)
+        for _ in range(2):
+            blob = Store(url, cache).blob(url, block_size=1000)
+            assert (blob.array(np.dtype(np.int32), 128, 2000) == tokens).all()
+    assert len(kept(cache)) == 2 * 9  # and each block fetched once
+
+
+def test_reading_ahead_survives_whatever_is_raised(cache: BlockCache) -> None:
+    done = threading.Event()
+    cache.ahead(lambda: 1 / 0)
+    cache.ahead(done.set)
+    assert done.wait(10)
+
+
+@pytest.mark.parametrize("fault", ["error", "stall"])
+def test_closing_ends_all_waiting(server: Server, prefix: str, tmp_path: Path, fault: str) -> None:
+    cache = BlockCache(tmp_path / "cache", 1 << 20, Patience(first=60))
+    corpus = Corpus.open(f"{server.url}/c", cache=cache)
+    server.always = fault
+    threading.Timer(0.5, cache.close).start()
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"cannot read .*/c.bin: its reader was closed$"):
+        batches(corpus)
+    assert time.monotonic() - started < 2
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(server: Server, tmp_path: Path) -> None:
+    (server.folder / "d").mkdir()
+    store = Store(server.url, BlockCache(tmp_path / "cache", patience=Patience(total=0.3, first=0.1)))
+    assert store.files(f"{server.url}/d") == []
+    server.listing = 503
+    with pytest.raises(UserError, match="cannot read .*/d: .*503.*given up after"):
+        store.files(f"{server.url}/d")
+    server.listing = 403
+    with pytest.raises(UserError, match="cannot read .*/d: (?!.*given up).*403"):
+        store.files(f"{server.url}/d")
+    here = Store(f"file://{tmp_path}")
+    assert here.files(f"file://{tmp_path}/none") == [] and here.files(f"file://{server.folder}") == [
+        f"file://{server.folder}/d"
+    ]
 
 
 def test_blocks_are_fetched_ahead(server: Server, prefix: str, cache: BlockCache) -> None:
@@ -252,8 +452,6 @@ def test_other_software_and_other_stores(
 @pytest.mark.parametrize("block_size", [7, 16, 50, 1000])
 @pytest.mark.parametrize("base", [0, 3, 128])
 def test_elements_at_the_bounds_of_blocks(server: Server, cache: BlockCache, block_size: int, base: int) -> None:
-    from megakrause.data.store import Store
-
     values = RNG.integers(0, 2**31, 40).astype(np.int64)
     (server.folder / f"v{base}").write_bytes(bytes(base) + values.tobytes())
     blob = Store(server.url, cache).blob(f"{server.url}/v{base}", block_size=block_size)
