@@ -53,7 +53,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_all_orders_of_a_few_samples_are_equally_likely() -> None:
-    for size in (3, 4, 5, 6):
+    for size in (3, 4, 5):
         counts = Counter(tuple(epoch(number, size, seed=3).tolist()) for number in range(4_000))
         expected = 4_000 / math.factorial(size)
         assert len(counts) == math.factorial(size)
