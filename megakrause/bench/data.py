@@ -18,6 +18,7 @@ import sentencepiece
 from megakrause.bench.measure import machine, ratio, take_turns, write_json
 from megakrause.data.layout import HEADER, MAGIC
 from megakrause.data.prepare import tokenize_corpus
+from megakrause.data.sentencepiece_tokenizer import SPACE
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
 from megakrause.data.tokens import TokenWindows
@@ -53,13 +54,14 @@ def run(megabytes: int, json_path: Path | None) -> None:
 
 
 def write_lines(path: Path, megabytes: int) -> list[str]:
-    """Python files of this installation as JSON lines; their texts."""
+    """Python files of this installation as JSON lines; their texts. Those with SentencePiece's own mark for a space are
+    left out: it alone would encode them otherwise, and not losslessly."""
     texts, size = [], 0
     for file in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")) + sorted(
         Path(sysconfig.get_path("purelib")).rglob("*.py")
     ):
         text = file.read_bytes().decode(errors="replace")
-        if text:
+        if text and SPACE not in text:
             texts.append(text)
             size += len(text)
         if size > megabytes * 1e6:
