@@ -74,6 +74,7 @@ class TextStream:
         what = ([_content(one) for one in inputs], tokenizer.fingerprint, options, BLOCK_BYTES)
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr(what).encode())
         self._inputs, self._tokenizer, self._options = inputs, tokenizer, options
+        self._known = set(inputs)
         self._seed, self._packing, self._workers = seed, packing, workers
         self._places = [Place()]  # of the blocks that may be asked for, and the next to be read
         self._blocks: list[_Block] = []
@@ -171,7 +172,7 @@ class TextStream:
                 (now,) = find_inputs([path])
             except UserError as error:
                 raise UserError(f"{path} is gone while it is in use; start again when it is back") from error
-            if now not in self._inputs:
+            if now not in self._known:
                 raise UserError(f"{path} was changed while it is in use; start again with the files as they are")
 
     def _count(self, good: int, rejected: Iterable[tuple[Part, list[Rejected]]], enough: int) -> None:

@@ -331,9 +331,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
+@pytest.mark.parametrize("size", [1 << 28, pytest.param(1 << 30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_an_endless_line_needs_little_memory(suffix: str, tmp_path: Path) -> None:
-    size = 1 << 28
+def test_an_endless_line_needs_little_memory(suffix: str, size: int, tmp_path: Path) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     with (
         open(path, "wb")
