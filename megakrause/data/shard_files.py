@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megakrause.data.formats import Cuts, cut_blocks
 from megakrause.data.journal import OpenShard
 from megakrause.data.layout import DTYPES, HEADER, MAGIC, FileInfo
 
@@ -79,6 +80,17 @@ class ShardFiles:
             FileInfo(name=self._path.name + kind, size=size, blocks=made.finish())
             for kind, size, made in zip((".bin", ".idx"), sizes, (self._hashes, hashes), strict=True)
         ]
+
+    def cuts(self) -> Cuts:
+        """Where blocks begin, of a finished shard. Read and not mapped: mapped pages would count as this process's."""
+        offsets_at = HEADER.size + 4 * self.num_documents
+        with open(temporary_path(self._path.with_name(self._path.name + ".idx")), "rb") as index:
+
+            def starts(documents: np.ndarray) -> np.ndarray:
+                raw = b"".join(os.pread(index.fileno(), 8, offsets_at + 8 * int(number)) for number in documents)
+                return np.frombuffer(raw, "<i8") // self._dtype.itemsize
+
+            return cut_blocks(starts, self.num_documents, self.num_tokens)
 
     def close(self) -> None:
         self._bin.close()

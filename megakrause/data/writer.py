@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megakrause.data.blob import LocalBlob
-from megakrause.data.formats import Cuts, MegatronShard
+from megakrause.data.formats import Cuts
 from megakrause.data.journal import (
     Journal,
     journal_path,
@@ -185,10 +184,7 @@ class CorpusWriter:
     def _finish_shard(self) -> None:
         if self._shard:
             self._files += self._shard.finish()
-            tokens, index = (
-                LocalBlob(str(temporary_path(self.prefix.with_name(info.name))), info.size) for info in self._files[-2:]
-            )
-            self._blocks.append(MegatronShard(tokens, index).cuts)
+            self._blocks.append(self._shard.cuts())
             self._shard = None
 
     def _final_paths(self, files: list[FileInfo]) -> list[Path]:
