@@ -21,7 +21,6 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ValidationError
 
-from megakrause.data.blob import BLOCK as BLOCK
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 

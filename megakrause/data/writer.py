@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megakrause.data.blob import BLOCK
 from megakrause.data.formats import Cuts
 from megakrause.data.journal import (
     Journal,
@@ -21,7 +22,6 @@ from megakrause.data.journal import (
     write_journal,
 )
 from megakrause.data.layout import (
-    BLOCK,
     FileInfo,
     Manifest,
     TokenizerInfo,

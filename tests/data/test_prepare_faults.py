@@ -25,9 +25,10 @@ from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.writer import CorpusWriter
 from megakrause.errors import UserError
+from tests import disks
+from tests.disks import needs_root
 
 ROOT = Path(__file__).parents[2]
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 
 # The command, which saves at every group and takes small ones, so that there are many moments to stop it at.
 COMMAND = f"""
@@ -222,11 +223,8 @@ def test_too_many_bad_documents_stop_it(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "out", "1500k") as folder:
+        yield folder
 
 
 @needs_root

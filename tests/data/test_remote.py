@@ -25,10 +25,11 @@ from megakrause.data.store import Store
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
+from tests import disks
 from tests.data.conftest import write_documents
+from tests.disks import needs_root
 
 ROOT = Path(__file__).parents[2]
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 RNG = np.random.default_rng(3)
 DOCUMENTS = [[*RNG.integers(2, 600, RNG.integers(0, 40)).tolist(), 1] for _ in range(60)]
 PATIENT = Patience(total=20, first=0.02, longest=0.1, stall=1)
@@ -312,11 +313,8 @@ def test_processes_share_a_cache_that_is_too_small(server: Server, prefix: str, 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "small", "32k") as folder:
+        yield folder
 
 
 @needs_root

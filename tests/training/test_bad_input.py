@@ -14,10 +14,10 @@ import pytest
 from megakrause.cli import main
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.tokenizer import train_tokenizer
+from tests import disks
+from tests.disks import needs_root
 from tests.training.conftest import write_texts
 from tests.training.runs import start, state, wait_for
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system of its own, which only root may")
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -154,11 +154,8 @@ sys.exit(main(["train", {str(config)!r}, *overrides]))
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "disk", "900k") as folder:
+        yield folder
 
 
 @needs_root
