@@ -8,13 +8,17 @@
 #     that is how megakrause refuses what a person must mend, such as a missing corpus. Once is not enough, for a dying
 #     process may still hold the output folder. Whoever begins to train writes OUTPUT/config.toml anew.
 # A config that cannot be read or is wrong is refused before anything is launched.
-# SIGTERM, SIGINT and SIGHUP end the launcher and everything it started, and nothing is started again.
+# SIGTERM, SIGINT, SIGHUP and SIGUSR1 end the launcher and everything it started, and nothing is started again. A run
+# that trains saves first, within SAVE_SECONDS. When it has, and when it has ended by itself because its time limit is
+# over, the exit status is 75: the same command goes on. Else it is 128 + the signal.
 #
 #   RETRIES=10         how often to start again without a new checkpoint
 #   RETRY_SECONDS=30   pause before that
+#   SAVE_SECONDS=120   what torchrun gives its processes after SIGTERM (deepspeed: 30)
 #   GRACE_SECONDS=30   what processes that outlive their launcher get between SIGTERM and SIGKILL
 
 RETRIES=${RETRIES:-10} RETRY_SECONDS=${RETRY_SECONDS:-30} GRACE_SECONDS=${GRACE_SECONDS:-30}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-120}
 
 say() { echo "${0##*/}: $*" >&2; }
 
@@ -25,7 +29,8 @@ die() {
 
 need() { command -v "$1" >/dev/null || die "$1 is not on PATH; source .venv/bin/activate first"; }
 
-# read_config CONFIG.toml [key=value ...]: sets output, steps and gpus, or ends the script with the config's error line.
+# read_config CONFIG.toml [key=value ...]: sets checkpoints and output, where they are, and steps and gpus; or ends the
+# script with the config's error line.
 # shellcheck disable=SC2034  # the scripts that source this read them
 read_config() {
     [ $# -gt 0 ] || die "no config; usage: ${0##*/} CONFIG.toml [key=value ...]"
@@ -41,19 +46,26 @@ from megakrause.errors import run_command
 
 def main():
     config = load_config(sys.argv[1], sys.argv[2:])
-    print(config.train.steps, torch.cuda.device_count(), config.output)
+    print(config.train.steps, torch.cuda.device_count())
+    print(config.output)
+    print(config.checkpoint.folder or f"{config.output}/checkpoints")
 
 
 sys.exit(run_command(main))
 END
     ) || exit 1
-    read -r steps gpus output <<<"$facts"
+    { read -r steps gpus && read -r output && read -r checkpoints; } <<<"$facts"
 }
 
 # The step of the newest checkpoint; 0: none.
 newest_step() {
     local step newest=0
-    for step in "$output"/checkpoints/step-*; do
+    if [[ $checkpoints == *://* ]]; then
+        step=$(megakrause checkpoint list "$checkpoints" 2>/dev/null | awk 'NR == 2 { print $1 }')
+        echo "${step:-0}"
+        return
+    fi
+    for step in "$checkpoints"/step-*; do
         step=${step##*/step-}
         case $step in '' | *[!0-9]*) continue ;; esac
         [ "$step" -le "$newest" ] || newest=$step
@@ -73,10 +85,12 @@ retry() {
     trap 'rm -f "$errors"' EXIT
     trap 'stop TERM 143' TERM
     trap 'stop TERM 129' HUP
+    trap 'stop USR1 138' USR1
     trap 'stop INT 130' INT
     while :; do
         step=$(newest_step) begun=$(begin) status=0
         attempt "$@" || status=$?
+        ! grep -qE '^([^ ]+: )?stopped: ' "$errors" || exit 75
         [ -z "$stopped" ] || exit "$stopped"
         if [ "$status" = 0 ]; then
             finished && exit 0

@@ -22,7 +22,7 @@ set -euo pipefail
 need torchrun
 read_config "$@"
 
-options=(--nnodes="${NNODES:=1}" --nproc_per_node="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}")
+options=(--signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --nnodes="${NNODES:=1}" --nproc_per_node="${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}")
 if [ "$NNODES" = 1 ]; then
     # A name of this host that does not resolve must not matter where nobody else calls.
     options+=(--standalone --local_addr="${LOCAL_ADDR:-localhost}")

@@ -16,7 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify, _add_data, _add_plan, _add_bench):
+    for add in (
+        *(_add_train, _add_evaluate, _add_generate, _add_convert, _add_verify),
+        *(_add_checkpoint, _add_data, _add_plan, _add_bench),
+    ):
         add(commands)
     arguments, rest = parser.parse_known_args(argv)
     overrides = getattr(arguments, "overrides", None)
@@ -164,6 +167,44 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("path", metavar="CHECKPOINT|PREFIX|SHARD")
     parser.add_argument("--tokenizer", help="of a corpus without a manifest, to check its token ids")
     _add_dtype(parser)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
+    def show_lines(name: str, *keys: str) -> Callable[[argparse.Namespace], None]:
+        def run(arguments: argparse.Namespace) -> None:
+            from megakrause import checkpoints
+
+            for line in getattr(checkpoints, name)(*(getattr(arguments, key) for key in keys)):
+                print(line)
+
+        return run
+
+    kinds = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(metavar="WHAT", required=True)
+    parser = _command(
+        kinds,
+        "list",
+        "List the checkpoints of a run, newest first.",
+        "  megakrause checkpoint list runs/demo/lm\n  megakrause checkpoint list s3://bucket/runs/lm",
+        show_lines("list_checkpoints", "path"),
+    )
+    parser.add_argument("path", metavar="RUN", help="a run's folder, or a folder of step-N folders")
+    parser = _command(
+        kinds,
+        "show",
+        "Print where a run was at a checkpoint, its config and its parameters.",
+        "  megakrause checkpoint show runs/demo/lm",
+        show_lines("show_checkpoint", "checkpoint"),
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")
+    parser = _command(
+        kinds,
+        "diff",
+        "Print how two checkpoints differ, whatever layouts they were written in.",
+        "  megakrause checkpoint diff runs/a/checkpoints/step-100 runs/b/checkpoints/step-100",
+        show_lines("compare_checkpoints", "first", "second"),
+    )
+    parser.add_argument("first", metavar="CHECKPOINT")
+    parser.add_argument("second", metavar="CHECKPOINT")
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:

@@ -226,6 +226,9 @@ class TrainConfig(Section):
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations on data.valid; 0: only at the end")
     eval_sequences: int = Field(default=0, ge=0, description="of data.valid that are evaluated; 0: all")
     init_from: str | None = Field(default=None, description="checkpoint whose weights (alone) the run starts from")
+    time_limit: float | None = Field(
+        default=None, gt=0, description="minutes after which the run saves and ends, to be started again"
+    )
 
 
 class ParallelConfig(Section):
@@ -268,9 +271,37 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
+    folder: str | None = Field(
+        default=None, description="where checkpoints go: a folder, or a URL (s3://, gs://, ...); default: in output"
+    )
     every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(default=2, gt=0, description="newest checkpoints to keep")
+    keep_every: int = Field(
+        default=0, ge=0, description="keep those of steps that are a multiple, too; 0: the newest only"
+    )
+    asynchronous: bool = Field(
+        default=False, description="write from a copy of the state, in host memory, while training goes on"
+    )
+    on_failure: Literal["stop", "continue"] = Field(
+        default="stop", description="what follows when a checkpoint cannot be written; the earlier ones stay"
+    )
     resume: bool = Field(default=True, description="go on from the newest checkpoint of the output folder")
+
+
+class GuardConfig(Section):
+    """What happens when training goes wrong. A step whose gradient is not finite never changes the weights."""
+
+    skips: int = Field(
+        default=10, gt=0, description="such steps in a row after which the run goes back to its last checkpoint, once"
+    )
+    spike: float = Field(
+        default=0.0,
+        ge=0,
+        description="a loss so many standard deviations above the mean of the last `window` is a spike: the run goes "
+        "back to its last checkpoint and leaves out the data in between; 0: no such rule",
+    )
+    window: int = Field(default=128, ge=8, description="losses that a spike is compared with")
+    rollbacks: int = Field(default=3, gt=0, description="how often a spike may lead back to the same checkpoint")
 
 
 class LogConfig(Section):
@@ -288,6 +319,7 @@ class RunConfig(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from megakrause.checkpoint.read import Checkpoint, find_checkpoint
 from megakrause.config import RunConfig, load_config
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.shards import Corpus
-from megakrause.data.tokenizer import Tokenizer, train_tokenizer
+from megakrause.data.tokenizer import train_tokenizer
 from megakrause.errors import UserError, run_command
 from megakrause.evaluate import evaluate_checkpoint
 from megakrause.generate import generate_tokens
@@ -63,7 +63,7 @@ def main() -> None:
     with step(5, "held-out loss"):
         report_loss(checkpoint, config)
     with step(6, f"export to {exported}, reload with AutoModelForCausalLM, compare"):
-        print(f"   largest logit difference {export(str(checkpoint.folder), exported):.2e}")
+        print(f"   largest logit difference {export(checkpoint.path, exported):.2e}")
     with step(7, "a sample, greedy, from the checkpoint and from the export with its cache"):
         report_sample(checkpoint, exported)
     print(f"\n8  all of it took {time.perf_counter() - began:.0f} s. To go on (source .venv/bin/activate first):")
@@ -143,7 +143,7 @@ def report_waiting(output: Path) -> None:
 
 def report_loss(checkpoint: Checkpoint, config: RunConfig) -> None:
     assert config.data.valid is not None
-    result = evaluate_checkpoint(str(checkpoint.folder), None)
+    result = evaluate_checkpoint(checkpoint.path, None)
     corpus = Corpus.open(config.data.valid)
     counts = np.bincount(corpus.read(0, corpus.num_tokens))
     share = counts[counts > 0] / corpus.num_tokens
@@ -158,7 +158,7 @@ def report_loss(checkpoint: Checkpoint, config: RunConfig) -> None:
 def report_sample(checkpoint: Checkpoint, exported: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    tokenizer = Tokenizer.load(stored_tokenizer(checkpoint))
+    tokenizer = stored_tokenizer(checkpoint)
     prompt = [tokenizer.eos, *tokenizer.encode(PROMPT)]
     ours = list(generate_tokens(load_model(checkpoint), prompt, NEW_TOKENS, temperature=0.0))
     model: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)

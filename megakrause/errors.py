@@ -17,19 +17,30 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+class Stopped(Exception):
+    """The run was asked to end before its last step, and has saved: the same command goes on."""
+
+
+STOPPED = 75  # exit status of the above; sysexits.h: "temporary failure, the user is invited to retry"
+
+
 def explain_os_error(error: OSError) -> str:
     """One line that names the file and what is wrong with it."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs a command to its exit status: 0, or 1 after one line on standard error."""
+    """Runs a command to its exit status: 0; 1 after one line on standard error; STOPPED; or 130 after Ctrl-C."""
     try:
         command()
     except UserError as error:
         if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
             _complain(str(error))
         return 1
+    except Stopped as stopped:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # each host's launcher looks for it
+            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+        return STOPPED
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

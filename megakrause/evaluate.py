@@ -9,7 +9,6 @@ from megakrause.checkpoint.model import load_model, stored_config, stored_tokeni
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.data.loader import eval_batches, num_eval_batches
 from megakrause.data.open import eval_windows
-from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.mesh import Mesh
@@ -25,8 +24,8 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
     config = stored_config(checkpoint)
     prefix = prefix or config.data.valid
     if prefix is None:
-        raise UserError(f"{checkpoint.folder} names no data.valid; give --data PREFIX")
-    tokenizer = Tokenizer.load(stored_tokenizer(checkpoint))
+        raise UserError(f"{checkpoint.path} names no data.valid; give --data PREFIX")
+    tokenizer = stored_tokenizer(checkpoint)
     windows = eval_windows(config, tokenizer, prefix)
     assert windows is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

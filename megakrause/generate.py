@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megakrause.checkpoint.model import load_model, stored_tokenizer
 from megakrause.checkpoint.read import find_checkpoint
-from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.models.lm import LanguageModel
 
@@ -62,7 +61,7 @@ def generate_text(
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid UTF-8 at character {error.start}") from error
     source = find_checkpoint(checkpoint)
-    tokenizer = Tokenizer.load(stored_tokenizer(source))
+    tokenizer = stored_tokenizer(source)
     model = load_model(source, "cuda" if torch.cuda.is_available() else "cpu")
     ids = [tokenizer.eos, *tokenizer.encode(prompt)]
     shown = tokenizer.decode(ids)  # with what follows: some tokenizers give the first word of a text no space

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megakrause.checkpoint.read import Checkpoint
-from megakrause.checkpoint.write import committed_folders
+from megakrause.checkpoint.place import COMMIT, StepFolder, step_folder
+from megakrause.checkpoint.read import Checkpoint, find_place
 from megakrause.data.check import verify_corpus
 from megakrause.data.shards import is_corpus_folder
 from megakrause.data.tokenizer import Tokenizer
@@ -15,13 +15,11 @@ from megakrause.errors import UserError
 
 def verify(name: str, tokenizer: str | None = None, dtype: str | None = None) -> Iterator[str]:
     """Yields what was checked, a line for each corpus or checkpoint. Raises UserError that says what is wrong where."""
-    path = Path(name)
-    if not path.is_dir() or is_corpus_folder(path):
-        yield _verify_corpus(name, tokenizer, dtype)
-        return
-    folders = [path] if (path / "COMMIT.json").exists() else committed_folders(path / "checkpoints")
+    folders = _checkpoints(name)
+    if not folders and Path(name).is_dir() and not is_corpus_folder(Path(name)):
+        raise UserError(f"{name} is no checkpoint and no run's folder with one; name one, or a corpus PREFIX")
     if not folders:
-        raise UserError(f"{path} is no checkpoint and no run's folder with one; name one, or a corpus PREFIX")
+        yield _verify_corpus(name, tokenizer, dtype)
     damaged = []
     for folder in folders:
         try:
@@ -31,11 +29,22 @@ def verify(name: str, tokenizer: str | None = None, dtype: str | None = None) ->
             problem = str(error)
         if problem is None:
             size = sum(record.size for record in checkpoint.files)
-            yield f"{folder}: {len(checkpoint.files)} files, {size / 2**20:.1f} MiB, all checksums match"
+            yield f"{folder.path}: {len(checkpoint.files)} files, {size / 2**20:.1f} MiB, all checksums match"
         else:
             damaged.append(problem)
     if damaged:
         raise UserError("; ".join(damaged))
+
+
+def _checkpoints(name: str) -> list[StepFolder]:
+    """The checkpoint that a path is, or those of the run that it is."""
+    is_url = "://" in name
+    if not is_url and not Path(name).is_dir() or is_url and name.startswith("http"):  # which cannot be listed
+        return []
+    if (folder := step_folder(name)).exists(COMMIT):
+        return [folder]
+    place = find_place(name)
+    return [place.folder(step) for step in place.steps()]
 
 
 def _verify_corpus(path: str, tokenizer: str | None, dtype: str | None) -> str:

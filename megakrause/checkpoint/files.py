@@ -1,19 +1,25 @@
-"""Files that are either whole and on disk or not there: written, hashed from memory and flushed before anyone relies on
-them."""
+"""The files of a checkpoint: hashed from memory on their way out, compared with that hash before they are trusted, and
+tensors in them that are read by ranges."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import xxhash
 
+from megakrause.errors import UserError, explain_os_error
+
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
-READ_SIZE = 2**24  # bytes
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+CHUNK = 2**24  # bytes that are hashed, written or read at a time
+LONGEST_HEADER = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -28,27 +34,53 @@ class FileRecord:
         return asdict(self)
 
 
-def write_bytes(folder: Path, name: str, chunks: Iterator[bytes | memoryview]) -> FileRecord:
-    """Writes and flushes one file. The hash is of what was in memory, not of what the disk took. Raises OSError."""
-    digest, size, path = xxhash.xxh3_128(), 0, folder / name
-    try:
-        with open(path, "wb", buffering=0) as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                view = memoryview(chunk).cast("B")
-                size += len(view)
-                while view:  # an unbuffered write may take a part only
-                    view = view[file.write(view) :]
-            os.fsync(file.fileno())
-    except OSError as error:  # a failed write does not name its file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+class Folder(Protocol):
+    """A folder to read from, wherever it lies. Everything raises OSError or UserError; what is not there,
+    FileNotFoundError."""
+
+    path: str
+
+    def size(self, name: str) -> int: ...
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """Fills the buffer from a byte of a file on, and returns how many there were."""
+        ...
+
+
+class Sink(Protocol):
+    """Something that takes bytes."""
+
+    def write(self, data: memoryview, /) -> int | None: ...
+
+
+def write_chunks(sink: Sink, name: str, chunks: Iterator[bytes | memoryview]) -> FileRecord:
+    """Writes to the end. The hash is of what was in memory, not of what was taken."""
+    digest, size = xxhash.xxh3_128(), 0
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        for start in range(0, len(view), CHUNK):
+            part = view[start : start + CHUNK]
+            digest.update(part)
+            size += len(part)
+            while part:  # an unbuffered write may take a part only
+                part = part[sink.write(part) :]
     return FileRecord(name, size, digest.hexdigest())
 
 
-def write_tensors(
-    folder: Path, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> FileRecord:
-    """Writes a safetensors file one tensor at a time, so that no second copy of all is ever held. Raises OSError."""
+def write_bytes(folder: Path, name: str, chunks: Iterator[bytes | memoryview]) -> FileRecord:
+    """Writes and flushes one file on this machine's file systems. Raises OSError that names it."""
+    path = folder / name
+    try:
+        with open(path, "wb", buffering=0) as file:
+            record = write_chunks(file, name, chunks)
+            os.fsync(file.fileno())
+    except OSError as error:  # a failed write does not name its file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return record
+
+
+def tensor_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The content of a safetensors file, one tensor at a time, so that no second copy of all is ever held."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, tensor in tensors.items():
@@ -57,33 +89,88 @@ def write_tensors(
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-
-    def chunks() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
-        for tensor in tensors.values():
-            if tensor.numel():
-                flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                yield flat.numpy().data
-
-    return write_bytes(folder, name, chunks())
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def check_file(folder: Path, record: FileRecord) -> str | None:
+class TensorFile:
+    """A safetensors file of which ranges are read, and nothing is mapped that could vanish under the reader."""
+
+    def __init__(self, folder: Folder, name: str):
+        """Reads the header. Raises UserError or OSError."""
+        self._folder, self._name = folder, name
+        try:
+            size = folder.size(name)
+            length = int.from_bytes(self._read(0, 8), "little")
+            if length > min(size - 8, LONGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes")
+            header: dict[str, Any] = json.loads(self._read(8, length))
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
+            for key, entry in header.items():
+                dtype, shape = DTYPES_BY_NAME[entry["dtype"]], tuple(map(int, entry["shape"]))
+                start, end = entry["data_offsets"]
+                if end - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= end <= size - 8 - length:
+                    raise ValueError(f"{key} at bytes {start} to {end}")
+                self._tensors[key] = dtype, shape, 8 + length + start
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder.path}/{name} is no readable safetensors file: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of its tensors."""
+        return iter(self._tensors)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """All of a tensor."""
+        dtype, shape, _ = self._tensors[key]
+        result = torch.empty(math.prod(shape), dtype=dtype)
+        self.read_into(key, 0, result)
+        return result.view(shape)
+
+    def read_into(self, key: str, start: int, result: torch.Tensor) -> None:
+        """Fills a contiguous 1-D tensor of the same dtype from element `start` of a flattened tensor on. Raises
+        UserError when there are not so many."""
+        dtype, shape, offset = self._tensors[key]
+        if dtype != result.dtype or start + len(result) > math.prod(shape):
+            raise UserError(
+                f"{self._folder.path}/{self._name}: {key} is {tuple(shape)} of {dtype}; elements {start} to "
+                f"{start + len(result)} of {result.dtype} are not in it"
+            )
+        if len(result):
+            content: Any = result.view(torch.uint8).numpy()
+            self._fill(offset + start * dtype.itemsize, memoryview(content))
+
+    def _read(self, offset: int, count: int) -> bytes:
+        content = bytearray(count)
+        self._fill(offset, memoryview(content))
+        return bytes(content)
+
+    def _fill(self, offset: int, buffer: memoryview) -> None:
+        if (count := self._folder.read_into(self._name, offset, buffer)) != len(buffer):
+            raise UserError(
+                f"{self._folder.path}/{self._name} is truncated: {count} of {len(buffer)} bytes from byte {offset} on"
+            )
+
+
+def check_file(folder: Folder, record: FileRecord) -> str | None:
     """What is wrong with a file, in words; None if it is what the record says."""
-    path = folder / record.name
+    path = f"{folder.path}/{record.name}"
     try:
-        size = path.stat().st_size
+        size = folder.size(record.name)
         if size != record.size:
             return f"{path} has {size} bytes instead of {record.size}"
-        digest = xxhash.xxh3_128()
-        buffer = memoryview(bytearray(READ_SIZE))
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
+        digest, buffer, offset = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK, size))), 0
+        while offset < size and (count := folder.read_into(record.name, offset, buffer[: size - offset])):
+            digest.update(buffer[:count])
+            offset += count
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
+        return f"{path} cannot be read: {error.strerror or explain_os_error(error)}"
+    except UserError as error:
+        return str(error)
     return None if digest.hexdigest() == record.xxh3_128 else f"{path} does not match its checksum"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 
 import torch
 
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.config import ModelConfig, RunConfig, parse_config
+from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.models.build import build_model, whole_shapes
 from megakrause.models.lm import LanguageModel
@@ -19,10 +19,11 @@ def stored_config(checkpoint: Checkpoint) -> RunConfig:
     return parse_config(tomllib.loads(checkpoint.config))
 
 
-def stored_tokenizer(checkpoint: Checkpoint) -> Path:
-    """Where to load the tokenizer from, which every checkpoint carries: a SentencePiece model, or else the folder."""
-    model = checkpoint.folder / "tokenizer.model"
-    return model if model.exists() else checkpoint.folder
+def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer, which every checkpoint carries. Raises UserError."""
+    names = [record.name for record in checkpoint.files]
+    files = {name: checkpoint.content(name) for name in names if not name.startswith(("rank-", "state.", "config."))}
+    return Tokenizer(files, checkpoint.path)
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
@@ -42,4 +43,4 @@ def check_shapes(checkpoint: Checkpoint, config: ModelConfig) -> None:
     for name in [*expected, *checkpoint.shapes]:
         here, there = expected.get(name, "not there"), checkpoint.shapes.get(name, "not there")
         if here != there:
-            raise UserError(f"{checkpoint.folder} is of another model: {name} is {there} in it and {here} in this one")
+            raise UserError(f"{checkpoint.path} is of another model: {name} is {there} in it and {here} in this one")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from megakrause.checkpoint.files import FileRecord, check_file
+from megakrause.checkpoint.files import FileRecord, TensorFile, check_file
 from megakrause.checkpoint.fragment import Box
-from megakrause.checkpoint.write import FORMAT, committed_folders
+from megakrause.checkpoint.place import COMMIT, Place, StepFolder, step_folder
+from megakrause.checkpoint.write import FORMAT
 from megakrause.errors import UserError
 from megakrause.parallel.mesh import ALONE, Axis
 
@@ -67,26 +68,27 @@ def _common(a: range, b: range) -> range:
 class Checkpoint:
     """A committed step folder. Opening reads the small files and the headers; `verify` reads everything."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: StepFolder | str | Path):
         """Raises UserError when the folder is no whole checkpoint."""
-        self.folder = folder
+        folder = folder if isinstance(folder, StepFolder) else step_folder(folder)
+        self._folder, self.path = folder, folder.path
         try:
-            name = "COMMIT.json"
-            commit = json.loads((folder / name).read_text(encoding="utf-8"))
+            name = COMMIT
+            commit = json.loads(folder.read(name))
             self.files = [FileRecord(**record) for record in commit["files"]]
             if commit["format"] != FORMAT:
-                raise UserError(f"{folder} has format {commit['format']}; this version reads format {FORMAT}")
+                raise UserError(f"{self.path} has format {commit['format']}; this version reads format {FORMAT}")
             name = "state.json"
-            self.state: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            self.state: dict[str, Any] = json.loads(folder.read(name))
             name = "config.toml"
-            self.config = (folder / name).read_text(encoding="utf-8")
+            self.config = folder.read(name).decode()
         except FileNotFoundError as error:
-            raise UserError(f"{folder} is not a checkpoint: {name} is missing") from error
+            raise UserError(f"{self.path} is not a checkpoint: {name} is missing") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is not a readable checkpoint: {name}: {error}") from error
+            raise UserError(f"{self.path} is not a readable checkpoint: {name}: {error}") from error
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
 
     @property
     def step(self) -> int:
@@ -95,7 +97,7 @@ class Checkpoint:
     def verify(self, axis: Axis = ALONE) -> str | None:
         """What is wrong, in words, or None. The ranks of the axis share the work and learn the same."""
         share = self.files[axis.rank :: axis.size]
-        problems = [check_file(self.folder, record) for record in share]
+        problems = [check_file(self._folder, record) for record in share]
         found = axis.gather_objects([p for p in problems if p is not None])
         return next((p for part in found for p in part), None)
 
@@ -104,6 +106,11 @@ class Checkpoint:
         """Shape of every parameter, by name."""
         self._read_index()
         return self._shapes
+
+    def kinds(self, name: str) -> list[str]:
+        """What is held of a parameter: "master", and Adam's moments of one that is trained."""
+        self._read_index()
+        return [kind for other, kind in self._pieces if other == name]
 
     def read(self, name: str, kind: str, offset: int, numel: int, box: Box | None = None) -> torch.Tensor:
         """Elements [offset, offset + numel) of the flattened box (None: the whole) of a parameter or moment, fp32
@@ -116,12 +123,12 @@ class Checkpoint:
         for piece in self._pieces.get((name, kind), []):
             dim = box.dim if piece.box.dim is None else piece.box.dim
             if piece.box.shape != box.shape or box.dim not in (None, dim):
-                raise UserError(f"{self.folder} holds {name} cut as {piece.box}; it cannot be read as {box}")
+                raise UserError(f"{self.path} holds {name} cut as {piece.box}; it cannot be read as {box}")
             wanted = _rectangles(box, dim or 0, offset, numel)
             for there in _rectangles(piece.box, dim or 0, piece.offset, piece.numel):
                 filled += sum(self._copy(piece, there, here, result) for here in wanted)
         if filled != numel:
-            raise UserError(f"{self.folder} holds {filled} of the {numel} elements of {kind} of {name} that are needed")
+            raise UserError(f"{self.path} holds {filled} of the {numel} elements of {kind} of {name} that are needed")
         return result
 
     def _copy(self, piece: _Piece, there: _Rectangle, here: _Rectangle, result: torch.Tensor) -> int:
@@ -129,16 +136,22 @@ class Checkpoint:
         rows, columns = _common(there.rows, here.rows), _common(there.columns, here.columns)
         if not rows or not columns:
             return 0
-        stored = self._file(piece.file).get_slice(piece.key)[there.flat(rows)].view(len(rows), -1)
-        part = slice(columns.start - there.columns.start, columns.stop - there.columns.start)
-        into = slice(columns.start - here.columns.start, columns.stop - here.columns.start)
-        result[here.flat(rows)].view(len(rows), -1)[:, into] = stored[:, part]
+        file, begin = self._file(piece.file), there.flat(rows).start
+        target = result[here.flat(rows)]
+        if columns == there.columns == here.columns:
+            file.read_into(piece.key, begin, target)
+        else:
+            stored = torch.empty(len(rows) * len(there.columns))
+            file.read_into(piece.key, begin, stored)
+            part = slice(columns.start - there.columns.start, columns.stop - there.columns.start)
+            into = slice(columns.start - here.columns.start, columns.stop - here.columns.start)
+            target.view(len(rows), -1)[:, into] = stored.view(len(rows), -1)[:, part]
         return len(rows) * len(columns)
 
     def weights(self, name: str) -> torch.Tensor:
         """A whole parameter, fp32. Raises UserError when it is not there."""
         if name not in self.shapes:
-            raise UserError(f"{self.folder} has no parameter {name}; it is of another model")
+            raise UserError(f"{self.path} has no parameter {name}; it is of another model")
         shape = self.shapes[name]
         return self.read(name, "master", 0, math.prod(shape)).view(shape)
 
@@ -148,11 +161,21 @@ class Checkpoint:
         if all(record.name != name for record in self.files):
             return {}
         file = self._file(name)
-        return {key.removeprefix("rng/"): file.get_tensor(key) for key in file.keys() if key.startswith("rng/")}  # noqa: SIM118
+        return {key.removeprefix("rng/"): file.tensor(key) for key in file if key.startswith("rng/")}
 
-    def _file(self, name: str) -> Any:
+    def content(self, name: str) -> bytes:
+        """One of its small files. Raises UserError."""
+        try:
+            return self._folder.read(name)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
+
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
+            try:
+                self._open[name] = TensorFile(self._folder, name)
+            except OSError as error:
+                raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
         return self._open[name]
 
     def _read_index(self) -> None:
@@ -161,7 +184,7 @@ class Checkpoint:
         for record in self.files:
             if not record.name.startswith("rank-"):
                 continue
-            for f in json.loads(self._file(record.name).metadata()["fragments"]):
+            for f in json.loads(self._file(record.name).metadata["fragments"]):
                 box = Box(tuple(f["shape"]), tuple(f["start"]), tuple(f["box"]))
                 self._shapes[f["name"]] = box.shape
                 piece = _Piece(box, f["offset"], f["numel"], record.name, f["key"])
@@ -169,16 +192,15 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
-    """The checkpoint that CHECKPOINT means: a step folder, or a run's folder (its newest verified step).
-
-    Raises UserError on every rank when there is none or it does not verify."""
-    path = Path(path)
-    if (path / "COMMIT.json").exists():
-        checkpoint = Checkpoint(path)
+    """The checkpoint that `path` names: a step folder, or the newest that verifies of a run's folder or of a folder of
+    checkpoints. Raises UserError."""
+    folder = step_folder(path)
+    if folder.exists(COMMIT):
+        checkpoint = Checkpoint(folder)
         if problem := checkpoint.verify(axis):
             raise UserError(f"checkpoint {path} is damaged: {problem}")
         return checkpoint
-    newest, passed_over = newest_checkpoint(path / "checkpoints", axis)
+    newest, passed_over = newest_checkpoint(find_place(path), axis)
     if axis.rank == 0:
         for reason in passed_over:
             print(f"passed over {reason}", file=sys.stderr)
@@ -187,25 +209,40 @@ def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
     return newest
 
 
-def newest_checkpoint(root: Path, axis: Axis = ALONE) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint below `root` that verifies, and why newer ones were passed over; None when nothing was ever
-    committed. Raises UserError when checkpoints exist and none verifies."""
+def find_place(path: str | Path) -> Place:
+    """Where the checkpoints are that `path` names: a folder of step folders, or of a run. Raises UserError."""
+    config = Path(path) / "config.toml"
+    if "://" not in str(path) and config.is_file():
+        try:
+            tree = tomllib.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {config}: {error}") from error
+        if folder := tree.get("checkpoint", {}).get("folder"):
+            return Place.of(folder)
+    place = Place.of(path)
+    return place if place.steps() else Place.of(f"{str(path).rstrip('/')}/checkpoints")
+
+
+def newest_checkpoint(place: Place, axis: Axis = ALONE) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones were passed over; None when nothing was ever committed.
+    Raises UserError when checkpoints exist and none verifies."""
     passed_over: list[str] = []
-    folders = axis.gather_objects(committed_folders(root))[0]  # the main rank's view, so that all decide alike
-    for folder in folders:
-        checkpoint, problem = _try_open(folder)
+    # The main rank's view, so that all decide alike.
+    steps = axis.gather_objects(axis.together(place.steps if axis.rank == 0 else list))[0]
+    for step in steps:
+        checkpoint, problem = _try_open(place.folder(step))
         problem = next((p for p in axis.gather_objects(problem) if p), None)
         if checkpoint is not None and problem is None:
             problem = checkpoint.verify(axis)
             if problem is None:
                 return checkpoint, passed_over
-        passed_over.append(f"{folder.name}: {problem}")
-    if folders:
-        raise UserError(f"none of the {len(folders)} checkpoints in {root} is usable ({'; '.join(passed_over)})")
+        passed_over.append(f"step-{step}: {problem}")
+    if steps:
+        raise UserError(f"none of the {len(steps)} checkpoints in {place.path} is usable ({'; '.join(passed_over)})")
     return None, passed_over
 
 
-def _try_open(folder: Path) -> tuple[Checkpoint | None, str | None]:
+def _try_open(folder: StepFolder) -> tuple[Checkpoint | None, str | None]:
     try:
         return Checkpoint(folder), None
     except UserError as error:

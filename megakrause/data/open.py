@@ -33,6 +33,10 @@ class Batches:
             changes.append((step, position, global_batch))
         self.changes = changes  # (step, its first sample, size of the batch)
 
+    def skip_to(self, step: int, position: int) -> None:
+        """Leaves out what lies before a sample: from here on, that is the first of a step."""
+        self.changes.append((step, position, self.changes[-1][2]))
+
     def sample(self, step: int) -> int:
         """The first sample of a step, counted from 0."""
         begun, position, size = [change for change in self.changes if change[0] <= step][-1]

@@ -42,7 +42,7 @@ class Patience:
         self.total, self.first, self.longest, self.stall = total, first, longest, stall
         self.stop = threading.Event()
 
-    def ask(self, what: str, work: Callable[[], T]) -> T:
+    def ask(self, what: str, work: Callable[[], T], verb: str = "read") -> T:
         """What `work` returns. Raises UserError when it fails to the end, at once for what is not there or not
         allowed, and soon after `stop` is set."""
         deadline, wait = time.monotonic() + self.total, self.first
@@ -55,15 +55,15 @@ class Patience:
                 if self.stop.is_set():
                     break
                 if is_missing(error) or _is_forbidden(error):
-                    raise UserError(f"cannot read {what}: {_reason(error)}") from error
+                    raise UserError(f"cannot {verb} {what}: {_reason(error)}") from error
                 if time.monotonic() + wait > deadline:
                     raise UserError(
-                        f"cannot read {what}: {_reason(error)}; given up after {self.total:.0f} s"
+                        f"cannot {verb} {what}: {_reason(error)}; given up after {self.total:.0f} s"
                     ) from error
                 print(f"{what}: {_reason(error)}; asking again in {wait:.1f} s", file=sys.stderr, flush=True)
             self.stop.wait(wait)
             wait = min(2 * wait, self.longest)
-        raise UserError(f"cannot read {what}: its reader was closed")
+        raise UserError(f"cannot {verb} {what}: its reader was closed")
 
 
 def default_folder() -> Path:

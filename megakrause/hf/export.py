@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from megakrause.checkpoint.files import flush_folder, write_tensors
+from megakrause.checkpoint.files import flush_folder, tensor_chunks, write_bytes
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint
 from megakrause.config import ModelConfig, RunConfig
@@ -136,7 +136,8 @@ def _write_weights(source: Checkpoint, folder: Path) -> None:
     with tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True) as progress:
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(folder, file, {to_hf(name): source.weights(name) for name in names}, {"format": "pt"})
+            tensors = {to_hf(name): source.weights(name) for name in names}
+            write_bytes(folder, file, tensor_chunks(tensors, {"format": "pt"}))
             files |= {to_hf(name): file for name in names}
             progress.update(sum(sizes[name] for name in names))
     if len(shards) > 1:
@@ -185,7 +186,7 @@ def _compare(source: Checkpoint, folder: Path) -> float:
         tolerance = eps * float(expected.abs().max())
     if not difference <= tolerance:  # nor if it is NaN
         raise UserError(
-            f"{source.folder}: logits of the reloaded export differ by {difference:.1e}, more than the {tolerance:.1e} "
+            f"{source.path}: logits of the reloaded export differ by {difference:.1e}, more than the {tolerance:.1e} "
             "that rounding explains; nothing was written"
         )
     return difference

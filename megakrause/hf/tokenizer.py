@@ -38,13 +38,12 @@ PROBE = "A text, 1234 words:\n\tif x:  # é 中文 😀\n"
 UNLIKELY = -1e9  # score of pieces that no text matches, in a unigram model
 
 
-def write_tokenizer(path: Path, folder: Path, max_length: int) -> dict[str, int]:
-    """Writes the tokenizer that is loaded from `path`. max_length: tokens that the model can read at once.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> dict[str, int]:
+    """Writes a tokenizer. max_length: tokens that the model can read at once.
 
     Returns bos_token_id and eos_token_id, both the separator, which opens a document and ends generation; and
     pad_token_id if there is one. Raises UserError for a SentencePiece model without byte fallback or with a
     normalisation, and when transformers does not give the ids of a Hugging Face tokenizer."""
-    tokenizer = Tokenizer.load(path)
     write = _write_huggingface if "tokenizer.json" in tokenizer.files else _write_sentencepiece
     return write(tokenizer, folder, max_length)
 

@@ -131,6 +131,11 @@ class Mesh:
         """Whether this process speaks for all: prints, logs, writes what exists once."""
         return self.world.rank == 0
 
+    def beside(self, timeout: timedelta) -> Axis:
+        """All processes again, over a group of its own between hosts, which a thread may use while others are in use.
+        Collective."""
+        return make_axis(np.arange(self.world.size)[None], timeout, "gloo") if self.world.size > 1 else ALONE
+
     @staticmethod
     def alone(device: torch.device) -> Mesh:
         """One process without process groups."""
@@ -193,12 +198,12 @@ def mesh_shape(parallel: ParallelConfig, processes: int) -> tuple[int, int, int,
     return pp, processes // (pp * cp * tp), cp, tp
 
 
-def make_axis(rows: np.ndarray, timeout: timedelta | None = None) -> Axis:
+def make_axis(rows: np.ndarray, timeout: timedelta | None = None, backend: str | None = None) -> Axis:
     """The axis along that row of `rows`, ranks [axes, size], which holds this process; alone if none does. Collective
-    over all processes."""
+    over all processes. backend: of torch.distributed; None: that of the default group."""
     group, mine = None, None
     for row in rows.tolist():
-        made = dist.new_group(row, timeout=timeout)
+        made = dist.new_group(row, timeout=timeout, backend=backend)
         if dist.get_rank() in row:
             group, mine = made, row
     return ALONE if mine is None else Axis(mine.index(dist.get_rank()), len(mine), group)

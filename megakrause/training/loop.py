@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import sys
 import time
+from collections.abc import Generator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,29 +17,37 @@ from tqdm import tqdm
 
 from megakrause.batch import TokenBatch
 from megakrause.checkpoint.files import write_bytes
-from megakrause.checkpoint.model import check_shapes, stored_config
+from megakrause.checkpoint.model import check_shapes
+from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
-from megakrause.checkpoint.write import remove_leftovers, save_checkpoint
+from megakrause.checkpoint.saver import Saver
+from megakrause.checkpoint.write import Retention, Snapshot
 from megakrause.config import RunConfig
 from megakrause.data.loader import eval_batches, num_eval_batches, train_batches
-from megakrause.data.mixed import describe_past
+from megakrause.data.mixed import MixedWindows
 from megakrause.data.open import Batches, eval_windows, train_samples
 from megakrause.data.tokenizer import Tokenizer
-from megakrause.errors import UserError
+from megakrause.errors import Stopped, UserError
 from megakrause.models.build import build_model, flops_per_token, whole_shapes
 from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh
+from megakrause.training.checks import check_alike, check_same_data, check_same_run, resolve
 from megakrause.training.engine import Engine
 from megakrause.training.evaluate import Evaluation, evaluate
+from megakrause.training.guard import Guard, Verdict
+from megakrause.training.lock import NAME as LOCK
+from megakrause.training.lock import OutputLock
 from megakrause.training.metrics import MetricsLog, memory_gib, peak_flops
 from megakrause.training.schedule import learning_rate
+from megakrause.training.stop import StopRequest
 from megakrause.training.watch import Watch
 
-ORDER_KEYS = ("mask_documents", "packing", "shuffle_blocks")  # of data: with them the samples change
+SLOWEST_SAVE = timedelta(hours=2)  # that ranks may be apart in writing a checkpoint beside training
 
 
 def train(config: RunConfig, mesh: Mesh) -> None:
-    """Trains, or goes on from the newest checkpoint of config.output. Raises UserError on every rank."""
+    """Trains, or goes on from the newest checkpoint of config.output. Raises UserError on every rank, and Stopped when
+    the run was asked to end early."""
     trainer = Trainer(config, mesh)
     try:
         trainer.run()
@@ -56,18 +65,14 @@ class Trainer:
         check_alike(config, mesh)
         mesh.world.together(lambda: config.accumulation(mesh.dp.size))
         self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.data.tokenizer))
-        self.config = resolve(config, self.tokenizer.vocab_size)
-        config = self.config
+        self.config = config = resolve(config, self.tokenizer.vocab_size)
+        self.place = mesh.world.together(lambda: Place.of(config.checkpoint.folder or self.output / "checkpoints"))
         checkpoint = self._find_checkpoint()
-        self.batches = Batches(config.train.global_batch)
-        if checkpoint is not None:
-            before = checkpoint.step, checkpoint.state["position"], checkpoint.state["batches"]
-            self.batches = Batches(config.train.global_batch, *before)
-        self.samples = mesh.world.together(lambda: train_samples(config, self.tokenizer, self.batches))
+        self.samples, self.batches = self._open_data(checkpoint)
         self.valid_windows = mesh.world.together(lambda: eval_windows(config, self.tokenizer))
-        self._check_same_data()
+        check_same_data(config, self.samples, self.valid_windows, mesh)
         if checkpoint is not None:
-            self._check_same_run(checkpoint)
+            check_same_run(checkpoint, config, self.samples, self.tokenizer)
         self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
@@ -75,11 +80,16 @@ class Trainer:
             check_shapes(start, config.model)
         # 2. The output folder, which is this run's alone from now on.
         self.lock = mesh.world.together(lambda: self._prepare_output() if mesh.is_main else None)
-        # 3. The engine.
+        # 3. The engine, and who writes its state.
         model = build_model(config.model, config.train.seed, Layout.of(config, mesh))
         self.engine = Engine(model, config, mesh)
+        keep = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        beside = mesh.beside(SLOWEST_SAVE)
+        self.saver = Saver(self.place, beside, keep, asynchronous=config.checkpoint.asynchronous)
+        self.guard = Guard(config.guard)
+        self.log: MetricsLog | None = None
         # 4. Where to start from.
-        self.step, self.position, self.tokens = 0, 0, 0
+        self.step, self.position, self.tokens, self.saved = 0, 0, 0, -1  # saved: the step of the last checkpoint
         if checkpoint is not None:
             self._resume(checkpoint)
         elif start is not None:
@@ -100,15 +110,7 @@ class Trainer:
         if mesh.is_main:
             write_bytes(self.output, "config.toml.tmp", iter([config.to_toml().encode()]))
             os.replace(self.output / "config.toml.tmp", self.output / "config.toml")
-        log = MetricsLog(self.output, self.step, config.log.tensorboard) if mesh.is_main else None
-        batches = train_batches(
-            self.samples,
-            global_batch=config.train.global_batch,
-            rank=mesh.dp.rank,
-            ranks=mesh.dp.size,
-            start=self.position,
-            prefetch=config.data.prefetch,
-        )
+        self.saver.reserve(self.engine.fragments())
         bar = tqdm(
             total=steps,
             initial=self.step,
@@ -117,63 +119,140 @@ class Trainer:
             disable=not mesh.is_main,
             mininterval=0.5 if sys.stderr.isatty() else 10,  # a file keeps every line
         )
-        watch = Watch(mesh.world, config.parallel.timeout, self.step + 1)
+        self._begin()
+        stop = StopRequest(config.train.time_limit)
+        watch = Watch(mesh.world, config.parallel.timeout, self.step + 1, self.output / "stacks")
         try:
             while self.step < steps:
                 watch.progress(self.step + 1)
-                began = time.perf_counter()
-                batch, self.position = next(batches)
-                waited = time.perf_counter() - began
-                lr = learning_rate(config.optim, self.step, steps)
-                result = self.engine.train_step(batch, lr)
-                self.step += 1
-                self.tokens += result.tokens
-                row: dict[str, Any] = {"step": self.step, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
-                seconds = time.perf_counter() - began
-                row |= {"tokens": self.tokens, "tokens_per_s": result.tokens / seconds, "seconds": seconds}
-                row |= {"data_seconds": waited}
-                if not result.applied:
-                    row["skipped"] = True
-                    self._say(f"step {self.step}: skipped, a gradient is not finite (loss {result.loss})")
-                bar.update()
-                bar.set_postfix(loss=f"{result.loss:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}", refresh=False)
-                if log is not None:
-                    self._log(log, row)
-                self._evaluate_and_save(log, watch)
+                verdict = self._train_step(bar)
+                verdict, stopping = self._agree(verdict, stop)
+                if stopping:
+                    self._stop(stop, watch)
+                elif verdict is Verdict.GO_ON:
+                    self._evaluate_and_save(watch)
+                else:
+                    self._roll_back(verdict, watch)
+                    bar.n = self.step
+            watch.progress(self.step)
+            self._check_saved(final=True)
+            watch.finish()
         except RuntimeError as error:
             if mesh.world.size == 1 or not lost_connection(error):
                 raise
             watch.blame()
             raise SystemExit(1) from error
-        except KeyboardInterrupt:
-            self._say(f"interrupted at step {self.step}; the same command goes on from the last checkpoint")
-            raise
         finally:
             watch.close()
+            stop.close()
             bar.close()
-            batches.close()
-            self.samples.close()
-            if log is not None:
-                log.close()
+            self._end()
 
     def close(self) -> None:
         """Lets another run have the output folder."""
         if self.lock is not None:
             self.lock.close()
 
-    def _evaluate_and_save(self, log: MetricsLog | None, watch: Watch) -> None:
+    def _begin(self) -> None:
+        """Opens what stands at a place of the run: the log, and the data read ahead."""
+        config, mesh = self.config, self.mesh
+        self.log = MetricsLog(self.output, self.step, config.log.tensorboard) if mesh.is_main else None
+        self._incoming: Generator[tuple[TokenBatch, int], None, None] = train_batches(
+            self.samples,
+            global_batch=config.train.global_batch,
+            rank=mesh.dp.rank,
+            ranks=mesh.dp.size,
+            start=self.position,
+            prefetch=config.data.prefetch,
+        )
+
+    def _end(self) -> None:
+        self._incoming.close()
+        self.samples.close()
+        if self.log is not None:
+            self.log.close()
+
+    def _train_step(self, bar: tqdm) -> Verdict:
+        """One step, and what it says of the run's health."""
+        began = time.perf_counter()
+        batch, self.position = next(self._incoming)
+        waited = time.perf_counter() - began
+        lr = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        result = self.engine.train_step(batch, lr)
+        self.step += 1
+        self.tokens += result.tokens
+        verdict = self.guard.judge(result.loss, result.applied)
+        row: dict[str, Any] = {"step": self.step, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
+        seconds = time.perf_counter() - began
+        row |= {"tokens": self.tokens, "tokens_per_s": result.tokens / seconds, "seconds": seconds}
+        row |= {"data_seconds": waited}
+        if not result.applied:
+            row |= {"skipped": True}
+            in_a_row = f"{self.guard.skipped} in a row, {self.config.guard.skips} are too many"
+            self._say(f"step {self.step}: skipped, a gradient is not finite (loss {result.loss}); {in_a_row}")
+        bar.update()
+        bar.set_postfix(loss=f"{result.loss:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}", refresh=False)
+        self._write_row(row)
+        return verdict
+
+    def _agree(self, verdict: Verdict, stop: StopRequest) -> tuple[Verdict, bool]:
+        """What all ranks do after a step, whoever has a reason: (the gravest verdict, whether to stop)."""
+        mine = [verdict, stop.reason is not None, self.saver.has_failed]
+        worst, stopping, failed = self.mesh.world.max(torch.tensor(mine, device=self.mesh.device)).tolist()
+        if failed:
+            self._check_saved()
+        return Verdict(worst), bool(stopping)
+
+    def _stop(self, stop: StopRequest, watch: Watch) -> None:
+        """Saves and raises Stopped."""
+        reasons = self.mesh.world.gather_objects(stop.reason)
+        reason = next(reason for reason in reasons if reason)
+        if self.step == self.config.train.steps:
+            return  # there is nothing left to do but what follows anyway
+        self._say(f"{reason}: saving at step {self.step}, then this run ends")
+        watch.progress(self.step)
+        self.save()
+        self._check_saved(final=True)
+        watch.finish()
+        steps = self.config.train.steps
+        raise Stopped(f"{reason}; saved at step {self.step} of {steps}; the same command goes on from there")
+
+    def _roll_back(self, verdict: Verdict, watch: Watch) -> None:
+        """Goes back to the last checkpoint. Raises UserError on every rank when that has not helped before."""
+        self._check_saved()
+        checkpoint, passed_over = newest_checkpoint(self.place, self.mesh.world)
+        for reason in passed_over:
+            self._say(f"passed over {reason}")
+        verdict = self.guard.allowed(verdict, None if checkpoint is None else checkpoint.step)
+        if checkpoint is None or verdict is Verdict.STOP:
+            why = "there is no checkpoint to go back to" if checkpoint is None else "going back has not helped"
+            raise UserError(f"step {self.step}: {self.guard.reason}, and {why}", everywhere=True)
+        self._say(f"step {self.step}: {self.guard.reason}")
+        self._end()
+        skip_to = self.position if verdict is Verdict.ROLL_BACK_AND_SKIP else None
+        self.samples, self.batches = self._open_data(checkpoint, skip_to)
+        self._resume(checkpoint)
+        if skip_to is not None:
+            self._say(f"the data of sequences {self.position} to {skip_to - 1} is left out")
+            self.position = skip_to
+        self._begin()
+        watch.progress(self.step)
+
+    def _evaluate_and_save(self, watch: Watch) -> None:
         """What the end of this step is due to bring."""
         config, last = self.config, self.step == self.config.train.steps
         if self.valid_windows is not None and (last or _due(self.step, config.train.eval_every)):
             evaluation = self.evaluate(watch)
             watch.progress(self.step)
-            if log is not None:
+            if self.log is not None:
                 row = evaluation.to_row()
-                log.row({"step": self.step} | row)
-                log.scalars(self.step, {name.replace("eval_", "eval/", 1): value for name, value in row.items()})
+                self.log.row({"step": self.step} | row)
+                self.log.scalars(self.step, {name.replace("eval_", "eval/", 1): value for name, value in row.items()})
                 tqdm.write(f"step {self.step}: held-out {evaluation}")
-        if last or _due(self.step, config.checkpoint.every):
+        # A run that is in trouble may have to go back to before it was.
+        if last or _due(self.step, config.checkpoint.every) and not self.guard.skipped:
             self.save()
+            watch.progress(self.step)
 
     def evaluate(self, watch: Watch) -> Evaluation:
         """The loss on data.valid."""
@@ -189,14 +268,13 @@ class Trainer:
         return evaluate(loss_sum, batches, mesh, windows.corpus.bytes_per_token, total)
 
     def save(self) -> None:
-        """Writes OUTPUT/checkpoints/step-N."""
+        """Writes the checkpoint of this step, or begins to."""
+        self._check_saved()
         rng = {"cpu": torch.get_rng_state()}
         if self.mesh.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.mesh.device)
-        save_checkpoint(
-            self.output / "checkpoints",
+        snapshot = Snapshot(
             self.step,
-            axis=self.mesh.world,
             fragments=self.engine.fragments(),
             rng=rng,
             state={
@@ -207,94 +285,79 @@ class Trainer:
                 "train_data": self.samples.past(self.position),
                 "sources": self.samples.names,
                 "streams": self.samples.stream_states(self.position),
-                "batches": self.batches.changes,
+                "batches": list(self.batches.changes),
+                "guard": self.guard.state,
                 "tokenizer": self.tokenizer.fingerprint,
             },
             files={"config.toml": self.config.to_toml().encode(), **self.tokenizer.files},
-            keep=self.config.checkpoint.keep,
         )
+        stalled = self.saver.save(snapshot)
+        self.saved = self.step
+        if self.log is not None:
+            self.log.scalars(self.step, {"checkpoint/stalled_seconds": stalled})
+        if not self.config.checkpoint.asynchronous:
+            self._check_saved()
+
+    def _check_saved(self, final: bool = False) -> None:
+        """Waits for the last checkpoint to be written. Raises UserError on every rank when that failed and the run is
+        not to go on without; `final`: there is no later one."""
+        failure = self.saver.wait()
+        if failure is None:
+            return
+        if final or self.config.checkpoint.on_failure == "stop":
+            raise UserError(f"step {self.saved} could not be saved: {failure}", everywhere=True)
+        self._say(f"step {self.saved} could not be saved: {failure}; training goes on, as checkpoint.on_failure says")
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from. None: from the beginning."""
-        root = self.output / "checkpoints"
         if not self.config.checkpoint.resume:
             files = [path.name for path in self.output.iterdir()] if self.output.exists() else []
-            busy = self.mesh.world.gather_objects(set(files) - {".lock"})[0]
+            busy = self.mesh.world.gather_objects(set(files) - {LOCK} or self.place.steps())[0]
             if busy:
                 raise UserError(f"checkpoint.resume = false needs an empty output, {self.output} is not; name another")
             return None
-        checkpoint, passed_over = newest_checkpoint(root, self.mesh.world)
+        checkpoint, passed_over = newest_checkpoint(self.place, self.mesh.world)
         for reason in passed_over:
             self._say(f"passed over {reason}")
         if checkpoint is None and (self.output / "metrics.jsonl").exists():
             self._say(f"{self.output} has no checkpoint yet: starting again from step 0")
         return checkpoint
 
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        """Raises UserError when the checkpoint is of another model or another order of the data."""
-        saved, now = stored_config(checkpoint), self.config
-        state, folder = checkpoint.state, checkpoint.folder
-        for key, before, after in [
-            *((f"model.{k}", v, getattr(now.model, k)) for k, v in saved.model),
-            ("train.seq_len", saved.train.seq_len, now.train.seq_len),
-            ("train.seed", saved.train.seed, now.train.seed),
-            *((f"data.{k}", getattr(saved.data, k), getattr(now.data, k)) for k in ORDER_KEYS),
-            ("the tokenizer's hash", state["tokenizer"], self.tokenizer.fingerprint),
-        ]:
-            if before != after:
-                raise UserError(
-                    f"{folder} was trained with {key} = {before}, now it is {after}; "
-                    "restore it, or choose another output (and train.init_from to start from these weights)"
-                )
+    def _open_data(self, checkpoint: Checkpoint | None, skip_to: int | None = None) -> tuple[MixedWindows, Batches]:
+        """The samples from a checkpoint on, or from the beginning; of those before sample `skip_to`, none."""
+        batches = Batches(self.config.train.global_batch)
+        if checkpoint is not None:
+            state = checkpoint.state
+            batches = Batches(self.config.train.global_batch, checkpoint.step, state["position"], state["batches"])
+            if skip_to is not None:
+                batches.skip_to(checkpoint.step, skip_to)
+        samples = self.mesh.world.together(lambda: train_samples(self.config, self.tokenizer, batches))
+        return samples, batches
 
-        names = state["sources"] | self.samples.names
-        mixes = state["train_data"], self.samples.past(state["position"])
-        if mixes[0] != mixes[1]:
-            before, after = (describe_past(mix, names) for mix in mixes)
-            raise UserError(
-                f"{folder} was trained on {before}, now data.train says {after} for that; what comes may change, what "
-                "was must not: restore it, or choose another output"
-            )
-
-    def _check_same_data(self) -> None:
-        """Raises UserError on every rank when they read different data."""
-        mine = {name: fingerprint for fingerprint, name in self.samples.names.items()}
-        if self.valid_windows is not None:
-            mine |= {f"{self.config.data.valid} (held out)": self.valid_windows.fingerprint}
-        for rank, theirs in enumerate(every := self.mesh.world.gather_objects(mine)):
-            for name, fingerprint in theirs.items():
-                if fingerprint != every[0].get(name):
-                    raise UserError(
-                        f"{name} is not the same on rank {rank} as on rank 0; copy it again", everywhere=True
-                    )
-
-    def _prepare_output(self) -> TextIO:
+    def _prepare_output(self) -> OutputLock:
         """Makes the folder and takes it for this run. Raises UserError when another has it."""
         self.output.mkdir(parents=True, exist_ok=True)
-        lock = open(self.output / ".lock", "w")  # noqa: SIM115  held until the process ends, however it ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run is writing to {self.output}; wait for it, or choose another output"
-            ) from error
-        remove_leftovers(self.output / "checkpoints")
+        lock = OutputLock(self.output)
+        self.place.clean()
         return lock
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.engine.load(checkpoint)
-        self.step, self.position = checkpoint.step, checkpoint.state["position"]
-        self.tokens = checkpoint.state["tokens"]
-        self.samples.resume(checkpoint.state["streams"])
-        rng = checkpoint.rng(self.mesh.world.rank) if checkpoint.state["ranks"] == self.mesh.world.size else {}
+        state = checkpoint.state
+        self.step, self.position, self.tokens = checkpoint.step, state["position"], state["tokens"]
+        self.samples.resume(state["streams"])
+        self.guard.go_back(state["guard"])
+        rng = checkpoint.rng(self.mesh.world.rank) if state["ranks"] == self.mesh.world.size else {}
         if "cpu" in rng:
             torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and self.mesh.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"], self.mesh.device)
-        self._say(f"resuming from {checkpoint.folder}")
+        self._say(f"resuming from {checkpoint.path}")
 
-    def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
-        log.row(row)
+    def _write_row(self, row: dict[str, Any]) -> None:
+        if self.log is None:
+            return
+        self.log.row(row)
         if self.step % self.config.log.every and self.step != self.config.train.steps:
             return
         flops = row["tokens_per_s"] * flops_per_token(self.config.model, self.config.train.seq_len)
@@ -304,7 +367,7 @@ class Trainer:
         if peak is not None and self.config.train.precision == "bf16":
             values["train/mfu"] = flops / (peak * self.mesh.world.size)
         values |= {f"sigma/{name}": value for name, value in self.engine.sigmas().items()}
-        log.scalars(self.step, values)
+        self.log.scalars(self.step, values)
 
     def _say(self, message: str) -> None:
         if self.mesh.is_main:
@@ -314,29 +377,6 @@ class Trainer:
 def lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is not there."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def check_alike(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError on every rank when their configs differ."""
-    for rank, other in enumerate(configs := mesh.world.gather_objects(config.flat())):
-        for key, value in other.items():
-            if value != configs[0][key]:
-                raise UserError(
-                    f"{key} = {value} on rank {rank} and {configs[0][key]} on rank 0; start all with the same config",
-                    everywhere=True,
-                )
-
-
-def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
-    """The config with the model's vocabulary filled in. Raises UserError when it is less than the tokenizer's."""
-    if config.model.vocab_size is None:
-        return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
-    if config.model.vocab_size < vocab_size:
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size} is less than the tokenizer's; "
-            f"leave it out or use {vocab_size}"
-        )
-    return config
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ class MetricsLog:
 
     def row(self, values: dict[str, Any]) -> None:
         """Adds one object to metrics.jsonl. Raises UserError when it cannot be written."""
-        values = {key: None if value != value else value for key, value in values.items()}  # JSON knows no NaN
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON
         with self._explained(self._path):
             self._file.write(json.dumps(values) + "\n")
 
@@ -44,7 +45,8 @@ class MetricsLog:
         if self._board is not None:
             with self._explained(self._board.log_dir):
                 for name, value in values.items():
-                    self._board.add_scalar(name, value, step)
+                    if math.isfinite(value):  # one that is not would hide the rest of its curve
+                        self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Ends both. What they could not write has been said before."""

@@ -3,11 +3,12 @@
 Every rank beats once a second in the launcher's store. Whoever sees the end coming (a collective that fails, SIGTERM
 from a launcher that lost a rank, no progress for `timeout` seconds) looks who has stopped beating. A rank that beats
 but is stuck outside of communication finds that out itself and says where. The first to know says so, and its process
-ends; the launcher ends the others.
+ends; the launcher ends the others. When there is no progress, all write down what they were doing before.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import signal
@@ -15,7 +16,9 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,9 +36,11 @@ MESH = f"{os.sep}megakrause{os.sep}parallel{os.sep}mesh.py"  # which waits for w
 class Watch:
     """Watches over the ranks of `world`, while it is open; alone, nothing."""
 
-    def __init__(self, world: Axis, timeout: float, step: int):
-        """timeout: seconds without progress after which this process ends."""
+    def __init__(self, world: Axis, timeout: float, step: int, stacks: Path):
+        """timeout: seconds without progress after which this process ends. stacks: folder for what the ranks were doing
+        then."""
         self._world, self._timeout, self._step, self._since = world, timeout, step, time.monotonic()
+        self._stacks, self._dumped = stacks, False
         self._closed, self._telling = threading.Event(), threading.Lock()
         self._store: Any = None
         if world.size == 1 or "MASTER_ADDR" not in os.environ:
@@ -52,7 +57,6 @@ class Watch:
         self._woken, wake = os.pipe()
         os.set_blocking(wake, False)
         self._old_wake = signal.set_wakeup_fd(wake)
-        self._old_handler = signal.signal(signal.SIGTERM, lambda *_: None)  # the thread is told through the pipe
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
@@ -60,31 +64,44 @@ class Watch:
         """Something was done; this process is in `step` now."""
         self._step, self._since = step, time.monotonic()
 
-    def blame(self) -> None:
-        """A collective has failed: says who is gone, if somebody is and no other rank has said it."""
+    def blame(self) -> bool:
+        """Looks whether somebody is gone, and says who, if no other rank has said it."""
         with self._telling:
-            if self._store is not None and (gone := self._gone()):
+            gone = self._gone() if self._store is not None else ""
+            if gone:
                 self._say(gone)
+        return bool(gone)
+
+    def finish(self) -> None:
+        """All is done here, so that nobody has to miss this process."""
+        if self._store is not None:
+            self._store.set(f"finished/{self._world.rank}", "1")
 
     def close(self) -> None:
         if self._store is not None and not self._closed.is_set():
             self._closed.set()
             self._thread.join()
             signal.set_wakeup_fd(self._old_wake)
-            signal.signal(signal.SIGTERM, self._old_handler)
 
     def _watch(self) -> None:
         try:
             while not self._closed.is_set():
                 self._beat()
-                if select.select([self._woken], [], [], BEAT)[0] and signal.SIGTERM in os.read(self._woken, 64):
-                    self.blame()
+                woken = select.select([self._woken], [], [], BEAT)[0]
+                # SIGTERM may be from a launcher that lost a rank; else it is a request, which the main thread sees to.
+                if woken and signal.SIGTERM in os.read(self._woken, 64) and self.blame():
                     os._exit(128 + signal.SIGTERM)
                 if time.monotonic() - self._since > self._timeout:
+                    self._store.set("hung", "1")
+                    self._dump()
                     with self._telling:
                         message = self._stuck() or self._gone()
-                        self._say(message or f"no progress in step {self._step}, but every rank is alive")
+                        message = message or f"no progress in step {self._step}, but every rank is alive"
+                        self._say(f"{message}; what the ranks were doing is in {self._stacks}")
+                    time.sleep(2 * BEAT)  # for the others to write theirs
                     os._exit(1)
+                if self._store.check(["hung"]):
+                    self._dump()
         except (RuntimeError, dist.DistError):  # the store is gone, and with it the process that held it
             if not self._closed.is_set():
                 where = os.environ["MASTER_ADDR"]
@@ -106,9 +123,13 @@ class Watch:
             time.sleep(BEAT / 2)
             self._beat()  # the thread that does may wait for this one, and others look at it
             now = self._read()
-            if all(new > old for old, new in zip(before, now, strict=True)):
+            still = [
+                str(rank)
+                for rank, (old, new) in enumerate(zip(before, now, strict=True))
+                if new == old and not self._store.check([f"finished/{rank}"])
+            ]
+            if not still:
                 return ""
-        still = [str(rank) for rank, (old, new) in enumerate(zip(before, now, strict=True)) if new == old]
         return f"rank {' and '.join(still)} is gone or stopped, in step {self._step}"
 
     def _stuck(self) -> str:
@@ -122,6 +143,16 @@ class Watch:
             return ""
         where = frames[-1]
         return f"rank {self._world.rank} is stuck in step {self._step}, at {where.filename}:{where.lineno}"
+
+    def _dump(self) -> None:
+        """Writes what every thread of this process is doing to a file of its own, once."""
+        if not self._dumped:
+            self._dumped = True
+            with suppress(OSError):  # a folder that hangs or is full must not hide the rest
+                self._stacks.mkdir(parents=True, exist_ok=True)
+                with open(self._stacks / f"rank-{self._world.rank:05d}.txt", "w") as file:
+                    print(f"rank {self._world.rank}, step {self._step}, {time.ctime()}", file=file, flush=True)
+                    faulthandler.dump_traceback(file)
 
     def _say(self, message: str) -> None:
         if self._store.add("told", 1) == 1:

@@ -51,7 +51,7 @@ def random_texts(count: int) -> list[str]:
 
 def converted(path: Path, folder: Path) -> PreTrainedTokenizerFast:
     folder.mkdir()
-    write_tokenizer(path, folder, 4096)
+    write_tokenizer(Tokenizer.load(path), folder, 4096)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -167,7 +167,7 @@ def test_others_are_refused(tmp_path: Path, change: dict[str, object], problem: 
             **options | change,
         )
     with pytest.raises(UserError, match=problem):
-        write_tokenizer(tmp_path / "tokenizer.model", tmp_path, 4096)
+        write_tokenizer(Tokenizer.load(tmp_path / "tokenizer.model"), tmp_path, 4096)
 
 
 def byte_level(folder: Path, config: dict[str, object]) -> Path:
@@ -200,7 +200,7 @@ def test_hugging_face_folders_are_written_as_they_are(
     """But what would make transformers take another tokenizer than that of tokenizer.json."""
     source, out = byte_level(tmp_path / "source", config), tmp_path / "out"
     out.mkdir()
-    assert write_tokenizer(source, out, 99) == {"bos_token_id": 258, "eos_token_id": 258} | special
+    assert write_tokenizer(Tokenizer.load(source), out, 99) == {"bos_token_id": 258, "eos_token_id": 258} | special
     names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names[:2])
@@ -218,4 +218,4 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(
     source = byte_level(tmp_path / "source", {})
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [0])
     with pytest.raises(UserError, match="transformers does not give the ids of tokenizer .*source; nothing"):
-        write_tokenizer(source, tmp_path, 99)
+        write_tokenizer(Tokenizer.load(source), tmp_path, 99)

@@ -337,17 +337,41 @@ def test_ranks_lost_again_and_again_are_not_a_refusal(
 
 
 @pytest.mark.parametrize(
-    ("script", "number", "status"), [("torchrun.sh", signal.SIGTERM, 143), ("deepspeed.sh", signal.SIGINT, 130)]
+    ("script", "number"),
+    [
+        ("torchrun.sh", signal.SIGTERM),
+        ("deepspeed.sh", signal.SIGINT),
+        pytest.param("torchrun.sh", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("deepspeed.sh", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
-def test_signal_ends_everything_for_good(
-    launch: Launcher, script: str, number: int, status: int, config: Path, tmp_path: Path
+def test_signal_saves_and_ends_everything(
+    launch: Launcher, script: str, number: int, config: Path, tmp_path: Path
 ) -> None:
-    job = launch(script, config, "train.steps=1000000", *EVERY)
-    job.wait_for(tmp_path / "run" / "checkpoints" / "step-20")
+    output = tmp_path / "run"
+    job = launch(script, config, f"train.steps={10**6}", "optim.schedule=constant")
+    job.wait_until(lambda: (output / "metrics.jsonl").exists() and len(rows(output)) > 5)
     job.script.send_signal(number)
-    assert job.status() == status, job.printed
+    assert job.status() == 75, job.printed
     assert job.processes() == []
     assert "start 1 of" not in job.printed
+    (saved,) = (output / "checkpoints").iterdir()
+    assert saved.name == f"step-{len(rows(output))}" and f"saved at step {len(rows(output))} of 1000000" in job.printed
+
+
+def test_run_whose_time_is_over_saves_and_is_not_started_again(launch: Launcher, config: Path, tmp_path: Path) -> None:
+    job = launch("torchrun.sh", config, f"train.steps={10**6}", "train.time_limit=0.1")
+    assert job.status() == 75, job.printed
+    assert "stopped: train.time_limit is over; saved at step " in job.printed and "start 1 of" not in job.printed
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_signal_before_the_training_ends_everything(launch: Launcher, config: Path, tmp_path: Path) -> None:
+    job = launch("torchrun.sh", config)
+    job.find(is_first_rank)
+    job.script.send_signal(signal.SIGTERM)
+    assert job.status() == 143, job.printed
+    assert job.processes() == [] and not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow

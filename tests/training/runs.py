@@ -24,6 +24,22 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def start_script(config: Path, *overrides: object, ranks: int = 1, prelude: str = "") -> subprocess.Popen[str]:
+    """`megakrause train` on one or several ranks, each of which runs a piece of Python before; both outputs in one."""
+    script = config.parent / "script.py"
+    script.write_text(f"import os, runpy, time\n{prelude}\nrunpy.run_module('megakrause', run_name='__main__')\n")
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    return subprocess.Popen(
+        [*command, str(script), "train", str(config), "log.tensorboard=false", *map(str, overrides)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def train(*arguments: object) -> str:
     """Runs to the end and returns what was printed."""
     process = start(*arguments)

@@ -1,0 +1,288 @@
+"""Where checkpoints lie: a folder of this machine's file systems, or a URL of anything that fsspec writes.
+
+ROOT/step-20/                   a whole checkpoint
+    rank-00000.safetensors      each rank's fragments of weights and optimizer state, and its RNG state
+    state.json  config.toml     what exists once
+    tokenizer.model             or the files of a Hugging Face tokenizer, tokenizer.json among them
+    COMMIT.json                 last: size and hash of every file
+ROOT/step-20.tmp/               one that is being written, where names can be changed: it is renamed when it is on disk
+
+Where they cannot (object stores), files are written to their final names, and a folder without COMMIT.json is none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megakrause.checkpoint.files import FileRecord, flush_folder, write_bytes, write_chunks
+from megakrause.data.remote import Patience, is_missing
+from megakrause.errors import UserError
+
+COMMIT = "COMMIT.json"
+PART = 64 << 20  # bytes of an upload at a time
+STEP = re.compile(r"step-(\d+)")
+
+Chunks = Callable[[], Iterator[bytes | memoryview]]  # a file's content, from its beginning each time
+
+
+class StepFolder(ABC):
+    """One checkpoint's files, to be read. Everything raises OSError or UserError; what is not there,
+    FileNotFoundError."""
+
+    path: str
+
+    @abstractmethod
+    def exists(self, name: str) -> bool: ...
+
+    @abstractmethod
+    def size(self, name: str) -> int: ...
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """Fills the buffer from a byte of a file on, and returns how many there were."""
+
+    def read(self, name: str) -> bytes:
+        """All of a small file."""
+        buffer = bytearray(self.size(name))
+        return bytes(buffer[: self.read_into(name, 0, memoryview(buffer))])
+
+
+class Place(ABC):
+    """The checkpoints of a run. One process begins, commits and removes; every rank writes files between.
+
+    Writing raises OSError or UserError that names the file."""
+
+    path: str
+
+    @staticmethod
+    def of(path: str | Path) -> Place:
+        """Raises UserError for a kind of URL that nothing installed here knows."""
+        return _RemotePlace(str(path)) if "://" in str(path) else _LocalPlace(Path(path))
+
+    @abstractmethod
+    def steps(self) -> list[int]:
+        """Of what was committed, newest first."""
+
+    @abstractmethod
+    def folder(self, step: int) -> StepFolder: ...
+
+    @abstractmethod
+    def begin(self, step: int) -> None:
+        """Makes room for a checkpoint's files."""
+
+    @abstractmethod
+    def write(self, step: int, name: str, chunks: Chunks) -> FileRecord:
+        """Writes one of its files."""
+
+    @abstractmethod
+    def commit(self, step: int, content: bytes) -> None:
+        """Writes COMMIT.json and makes it a checkpoint; from here on it survives a loss of power."""
+
+    @abstractmethod
+    def discard(self, step: int) -> None:
+        """Removes what was begun and not committed, as far as that is possible."""
+
+    @abstractmethod
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint, which at no moment looks like a whole one any more."""
+
+    @abstractmethod
+    def clean(self) -> None:
+        """Removes what interrupted writes and removals left, as far as that is possible. Only when none is going on."""
+
+
+def step_folder(path: str | Path) -> StepFolder:
+    """A folder that may be a checkpoint's."""
+    if "://" not in str(path):
+        return _LocalFolder(Path(path))
+    place, _, name = str(path).rstrip("/").rpartition("/")
+    return _RemoteFolder(_RemotePlace(place), name)
+
+
+class _LocalFolder(StepFolder):
+    def __init__(self, path: Path):
+        self.path = str(path)
+        self._open: dict[str, int] = {}
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(os.path.join(self.path, name))
+
+    def size(self, name: str) -> int:
+        return os.stat(os.path.join(self.path, name)).st_size
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        if name not in self._open:
+            self._open[name] = os.open(os.path.join(self.path, name), os.O_RDONLY)
+        filled = 0
+        while filled < len(buffer) and (n := os.preadv(self._open[name], [buffer[filled:]], offset + filled)):
+            filled += n
+        return filled
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+class _LocalPlace(Place):
+    def __init__(self, root: Path):
+        self.path = str(root)
+        self._root = root
+
+    def _step(self, step: int, suffix: str = "") -> Path:
+        return self._root / f"step-{step}{suffix}"
+
+    def steps(self) -> list[int]:
+        names = (STEP.fullmatch(path.name) for path in self._root.glob("step-*"))
+        return sorted((int(name[1]) for name in names if name), reverse=True)
+
+    def folder(self, step: int) -> StepFolder:
+        return _LocalFolder(self._step(step))
+
+    def begin(self, step: int) -> None:
+        if not self._root.exists():
+            self._root.mkdir(parents=True)
+            flush_folder(self._root.parent)
+        temporary = self._step(step, ".tmp")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+
+    def write(self, step: int, name: str, chunks: Chunks) -> FileRecord:
+        return write_bytes(self._step(step, ".tmp"), name, chunks())
+
+    def commit(self, step: int, content: bytes) -> None:
+        temporary, folder = self._step(step, ".tmp"), self._step(step)
+        write_bytes(temporary, COMMIT, iter([content]))
+        flush_folder(temporary)
+        if folder.exists():  # of the same step, and passed over on resume because it does not verify
+            bad = self._step(step, ".bad.tmp")
+            shutil.rmtree(bad, ignore_errors=True)
+            folder.rename(bad)
+        temporary.rename(folder)
+        flush_folder(self._root)
+        shutil.rmtree(self._step(step, ".bad.tmp"), ignore_errors=True)
+
+    def discard(self, step: int) -> None:
+        shutil.rmtree(self._step(step, ".tmp"), ignore_errors=True)
+
+    def remove(self, step: int) -> None:
+        trash = self._step(step, ".old.tmp")  # a half-removed checkpoint must not look like one
+        self._step(step).rename(trash)
+        shutil.rmtree(trash)
+
+    def clean(self) -> None:
+        for path in self._root.glob("step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class _RemoteFolder(StepFolder):
+    def __init__(self, place: _RemotePlace, name: str):
+        self.path = f"{place.path}/{name}"
+        self._place, self._name = place, name
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, name: str) -> int:
+        return int(self._place.ask(f"{self._name}/{name}", lambda fs, path: fs.info(path))["size"])
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        end = min(offset + len(buffer), self.size(name))
+        if end <= offset:
+            return 0
+        content = self._place.ask(f"{self._name}/{name}", lambda fs, path: fs.cat_file(path, start=offset, end=end))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+class _RemotePlace(Place):
+    def __init__(self, url: str):
+        import fsspec
+
+        self.path = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"cannot use {url}: {error}") from error
+        self._patience = Patience(stall=3600)  # one attempt may be a large upload
+
+    def ask(self, name: str, work: Callable[[Any, str], Any], verb: str = "read") -> Any:
+        """What work(file system, path of `name` below the root) returns, asked again when the store fails. Raises
+        FileNotFoundError, and UserError when it fails to the end."""
+        path = f"{self._root}/{name}".rstrip("/")
+
+        def attempt() -> tuple[Any, FileNotFoundError | None]:
+            self._fs.invalidate_cache()  # listings, which others change
+            try:
+                return work(self._fs, path), None
+            except FileNotFoundError as error:
+                if is_missing(error):
+                    return None, error
+                raise
+
+        result, missing = self._patience.ask(f"{self.path}/{name}".rstrip("/"), attempt, verb)
+        if missing is not None:
+            raise FileNotFoundError(2, "No such file or directory", f"{self.path}/{name}") from missing
+        return result
+
+    def _files(self) -> dict[int, list[str]]:
+        """The names of the files of every step folder, whole or not."""
+        try:
+            paths = self.ask("", lambda fs, path: fs.find(path))
+        except FileNotFoundError:
+            return {}
+        found: dict[int, list[str]] = {}
+        for path in paths:
+            folder, _, name = path.rpartition("/")
+            if match := STEP.fullmatch(folder.rpartition("/")[2]):
+                found.setdefault(int(match[1]), []).append(name)
+        return found
+
+    def steps(self) -> list[int]:
+        return sorted((step for step, names in self._files().items() if COMMIT in names), reverse=True)
+
+    def folder(self, step: int) -> StepFolder:
+        return _RemoteFolder(self, f"step-{step}")
+
+    def begin(self, step: int) -> None:
+        self.remove(step)
+        self.ask(f"step-{step}", lambda fs, path: fs.makedirs(path, exist_ok=True), "write")
+
+    def write(self, step: int, name: str, chunks: Chunks) -> FileRecord:
+        def upload(fs: Any, path: str) -> FileRecord:
+            with fs.open(path, "wb", block_size=PART) as file:
+                return write_chunks(file, name, chunks())
+
+        record: FileRecord = self.ask(f"step-{step}/{name}", upload, "write")
+        return record
+
+    def commit(self, step: int, content: bytes) -> None:
+        self.ask(f"step-{step}/{COMMIT}", lambda fs, path: fs.pipe_file(path, content), "write")
+
+    def discard(self, step: int) -> None:
+        with suppress(OSError, UserError):
+            if not self.folder(step).exists(COMMIT):
+                self.remove(step)
+
+    def remove(self, step: int) -> None:
+        with suppress(FileNotFoundError):
+            self.ask(f"step-{step}/{COMMIT}", lambda fs, path: fs.rm_file(path), "remove")
+        with suppress(FileNotFoundError):
+            self.ask(f"step-{step}", lambda fs, path: fs.rm(path, recursive=True), "remove")
+
+    def clean(self) -> None:
+        for step, names in self._files().items():
+            if COMMIT not in names:
+                with suppress(OSError, UserError):
+                    self.remove(step)

@@ -1,0 +1,73 @@
+"""What has to agree before a run starts or goes on: between ranks, and between a checkpoint and the config."""
+
+from __future__ import annotations
+
+from megakrause.checkpoint.model import stored_config
+from megakrause.checkpoint.read import Checkpoint
+from megakrause.config import RunConfig
+from megakrause.data.mixed import MixedWindows, describe_past
+from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.tokens import TokenWindows
+from megakrause.errors import UserError
+from megakrause.parallel.mesh import Mesh
+
+ORDER_KEYS = ("mask_documents", "packing", "shuffle_blocks")  # of data: with them the samples change
+
+
+def check_alike(config: RunConfig, mesh: Mesh) -> None:
+    """Raises UserError on every rank when their configs differ."""
+    for rank, other in enumerate(configs := mesh.world.gather_objects(config.flat())):
+        for key, value in other.items():
+            if value != configs[0][key]:
+                raise UserError(
+                    f"{key} = {value} on rank {rank} and {configs[0][key]} on rank 0; start all with the same config",
+                    everywhere=True,
+                )
+
+
+def check_same_data(config: RunConfig, samples: MixedWindows, valid: TokenWindows | None, mesh: Mesh) -> None:
+    """Raises UserError on every rank when they read different data."""
+    mine = {name: fingerprint for fingerprint, name in samples.names.items()}
+    if valid is not None:
+        mine |= {f"{config.data.valid} (held out)": valid.fingerprint}
+    for rank, theirs in enumerate(every := mesh.world.gather_objects(mine)):
+        for name, fingerprint in theirs.items():
+            if fingerprint != every[0].get(name):
+                raise UserError(f"{name} is not the same on rank {rank} as on rank 0; copy it again", everywhere=True)
+
+
+def check_same_run(checkpoint: Checkpoint, config: RunConfig, samples: MixedWindows, tokenizer: Tokenizer) -> None:
+    """Raises UserError when the checkpoint is of another model or another order of the data."""
+    saved, state, path = stored_config(checkpoint), checkpoint.state, checkpoint.path
+    for key, before, after in [
+        *((f"model.{k}", v, getattr(config.model, k)) for k, v in saved.model),
+        ("train.seq_len", saved.train.seq_len, config.train.seq_len),
+        ("train.seed", saved.train.seed, config.train.seed),
+        *((f"data.{k}", getattr(saved.data, k), getattr(config.data, k)) for k in ORDER_KEYS),
+        ("the tokenizer's hash", state["tokenizer"], tokenizer.fingerprint),
+    ]:
+        if before != after:
+            raise UserError(
+                f"{path} was trained with {key} = {before}, now it is {after}; "
+                "restore it, or choose another output (and train.init_from to start from these weights)"
+            )
+    names = state["sources"] | samples.names
+    mixes = state["train_data"], samples.past(state["position"])
+    if mixes[0] != mixes[1]:
+        before, after = (describe_past(mix, names) for mix in mixes)
+        raise UserError(
+            f"{path} was trained on {before}, now data.train says {after} for that; what comes may change, what "
+            "was must not: restore it, or choose another output"
+        )
+
+
+def resolve(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The config with the model's vocabulary filled in. Raises UserError when it is less than the tokenizer's."""
+    if config.model.vocab_size is None:
+        return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+    if config.model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the tokenizer's; "
+            f"leave it out or use {vocab_size}"
+        )
+    return config
