@@ -36,7 +36,7 @@ endef
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full gpu-check lint format constraints clean
+.PHONY: help setup demo test test-full faults gpu-check lint format constraints clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ test: setup  ## set-up, then the tests
 
 test-full: setup  ## set-up, then all tests with the long tail
 	@$(PYTEST) $(ARGS)
+
+faults: setup  ## set-up, then every test that breaks something on purpose (docs/reliability.md); up to 90 minutes
+	@$(PYTEST) -m faults $(ARGS)
 
 gpu-check: setup  ## on a machine with a CUDA GPU: check and time the kernels, train; writes gpu-report/
 	@$(PY) tests/gpu_check.py

@@ -377,6 +377,22 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--megabytes", type=_positive, default=100, help="of text; default: 100")
     parser.add_argument("--json", type=Path, help="also write the tables here")
 
+    def checkpoint(arguments: argparse.Namespace) -> None:
+        from megakrause.bench.checkpoint import run
+
+        run(arguments.megabytes, arguments.folder, arguments.json)
+
+    parser = _command(
+        kinds,
+        "checkpoint",
+        "Saving, beside training and not, and verified loading, against a plain copy, write and read.",
+        "  megakrause bench checkpoint\n  megakrause bench checkpoint --megabytes 8000 --folder /lustre/scratch",
+        checkpoint,
+    )
+    parser.add_argument("--megabytes", type=_positive, default=2100, help="of one rank's state; default: 2100")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="on the disk to measure; default: runs")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+
     def training(arguments: argparse.Namespace) -> None:
         if arguments.layouts:
             from megakrause.bench.layouts import run as run_layouts

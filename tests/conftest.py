@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from collections import defaultdict
 
+import pytest
 from hypothesis import settings
 
 # One thread: sums come out in the same order on every machine, and tests that start two ranks fit on two cores.
@@ -23,3 +25,17 @@ os.environ["HF_HOME"] = _hf_home.name
 # Examples are drawn the same way every time, and the first call of a function may compile it.
 settings.register_profile("megakrause", deadline=None, derandomize=True)
 settings.load_profile("megakrause")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How often something was broken on purpose: the sums of what tests record as "trials"."""
+    trials: dict[str, int] = defaultdict(int)
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "trials" and report.when == "call":
+                trials[report.nodeid.partition("[")[0]] += int(str(value))
+    if trials:
+        terminalreporter.section("trials")
+        for test, count in sorted(trials.items()):
+            terminalreporter.write_line(f"{count:6}  {test}")
+        terminalreporter.write_line(f"{sum(trials.values()):6}  in all")

@@ -95,7 +95,7 @@ class Place(ABC):
 
     @abstractmethod
     def clean(self) -> None:
-        """Removes what interrupted writes and removals left, as far as that is possible. Only when none is going on."""
+        """Makes the folder that it lies in, and removes what interrupted writes and removals left, as far as that is possible. Only when none is going on."""
 
 
 def step_folder(path: str | Path) -> StepFolder:
@@ -147,7 +147,7 @@ class _LocalPlace(Place):
 
     def begin(self, step: int) -> None:
         if not self._root.exists():
-            self._root.mkdir(parents=True)
+            self._root.mkdir()  # in a folder that is there: a run's output that was removed is not made anew
             flush_folder(self._root.parent)
         temporary = self._step(step, ".tmp")
         if temporary.exists():
@@ -178,6 +178,7 @@ class _LocalPlace(Place):
         shutil.rmtree(trash)
 
     def clean(self) -> None:
+        self._root.parent.mkdir(parents=True, exist_ok=True)
         for path in self._root.glob("step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 

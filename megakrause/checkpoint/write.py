@@ -40,7 +40,7 @@ class Retention:
     def outdated(self, newest: int, steps: list[int]) -> list[int]:
         """Which of `steps`, newest first, have to go when `newest` has been written. Later ones than that were passed
         over on resume, because they do not verify: they must not push good ones out."""
-        older = steps[steps.index(newest) + self.last :]
+        older = [step for step in steps if step < newest][self.last - 1 :]
         return [step for step in older if not self.every or step % self.every]
 
 

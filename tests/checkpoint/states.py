@@ -39,9 +39,10 @@ def hash_of(*parts: object) -> int:
     return random.Random(repr(parts)).getrandbits(62)
 
 
-def cut(seed: int, ranks: int) -> list[list[Fragment]]:
-    """Everything, cut at random places and dealt out to the ranks at random."""
-    choose = random.Random(seed)
+def cut(seed: int, ranks: int, cuts: int | None = None) -> list[list[Fragment]]:
+    """Everything, cut at random places and dealt out to the ranks at random. cuts: seed of the places, as it stays the
+    same in a run; None: that of the values."""
+    choose = random.Random(seed if cuts is None else cuts)
     dealt: list[list[Fragment]] = [[] for _ in range(ranks)]
     for name, shape in SHAPES.items():
         for kind in KINDS:
@@ -59,12 +60,12 @@ def rng_of(rank: int, seed: int) -> dict[str, Tensor]:
     return {"cpu": torch.Generator().manual_seed(100 * seed + rank).get_state()}
 
 
-def snapshot(step: int, axis: Axis = ALONE, *, seed: int | None = None) -> Snapshot:
-    """What a rank has at a step. seed: of its content; None: the step."""
+def snapshot(step: int, axis: Axis = ALONE, *, seed: int | None = None, cuts: int | None = None) -> Snapshot:
+    """What a rank has at a step. seed: of its content; None: the step. cuts: as in `cut`."""
     seed = step if seed is None else seed
     return Snapshot(
         step,
-        fragments=cut(seed, axis.size)[axis.rank],
+        fragments=cut(seed, axis.size, cuts)[axis.rank],
         rng=rng_of(axis.rank, seed),
         state={"position": 10 * seed, "tokens": 1.5},
         files=FILES,

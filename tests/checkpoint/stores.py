@@ -1,4 +1,4 @@
-"""Stores that fail: fsspec file systems of this machine's files, between which and the product anything can go wrong."""
+"""Stores that fail: an fsspec file system of this machine's files, of which any call can go wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Store(LocalFileSystem):
 
     protocol = "store"
     cachable = False
-    fault: Fault | None = None  # set on the class: the product makes its own instances
+    # Set on the class: the product makes its own instances.
+    fault: Fault | None = None
+    counts = True  # whether a file's write returns how much it has taken
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -70,7 +72,8 @@ class Store(LocalFileSystem):
 
 class _Written(LocalFileOpener):
     def write(self, data: Any) -> Any:
-        return self.fs.around("write", self.path, lambda: super(_Written, self).write(data))
+        count = self.fs.around("write", self.path, lambda: super(_Written, self).write(data))
+        return count if self.fs.counts else None
 
     def __exit__(self, *reason: Any) -> None:
         self.fs.around("close", self.path, lambda: super(_Written, self).__exit__(*reason))

@@ -42,7 +42,6 @@ from tests.checkpoint.states import (
     rng_of,
     same_bits,
     save,
-    steps_of,
     value,
 )
 
@@ -457,7 +456,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match="/checkpoints.*: Not a directory"):
         save(tmp_path / "checkpoints", 1)
-    with pytest.raises(UserError, match="cannot write file://.*/checkpoints.*: .*[Nn]ot a directory"):
+    with pytest.raises(UserError, match="cannot .* file://.*/checkpoints/step-1.*Not a directory"):
         save(f"file://{tmp_path}/checkpoints", 1)
     with pytest.raises(UserError, match="/checkpoints.*: Not a directory"):
         save(tmp_path / "checkpoints" / "below", 1)
@@ -540,14 +539,3 @@ def test_a_checkpoint_of_another_model_is_refused(root: Path) -> None:
         write_bytes(Path(folder), "config.toml", iter([other.to_toml().encode()]))
         with pytest.raises(UserError, match=says):
             load_model(Checkpoint(folder))
-
-
-def test_steps_are_told_apart_from_what_is_passed_over(root: Path) -> None:
-    """A run that passed over step 9 and went on from step 1 saves step 2, which is all that it can go on from."""
-    save(root, 9)
-    damage(root / "step-9" / "state.json")
-    save(root, 2, last=1)
-    checkpoint, passed_over = newest_checkpoint(Place.of(root))
-    assert is_whole(checkpoint, 2)
-    assert steps_of(passed_over) == ["step-9"]
-    assert "step-1" not in folders(root)

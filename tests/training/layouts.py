@@ -3,18 +3,22 @@ yardstick of their differences: the same run from initial weights that differ by
 
     torchrun --nproc_per_node=4 tests/training/layouts.py CONFIG OUTPUT NAME:key=value;key=value ...
     python tests/training/layouts.py CONFIG OUTPUT NAME:key=value;ulp ...
+    python tests/training/layouts.py CONFIG OUTPUT NAME:key=value;resave=CHECKPOINTS ...
 
-NAME's run is in OUTPUT/NAME. With `ulp`, the runs with moved weights are in OUTPUT/NAME-up and so on.
+NAME's run is in OUTPUT/NAME. With `ulp`, the runs with moved weights are in OUTPUT/NAME-up and so on. With `resave`, it
+goes on from the newest of a folder of checkpoints and saves at once, without a step, to OUTPUT/NAME/checkpoints.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from megakrause.checkpoint.place import Place
 from megakrause.config import load_config
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.loop import Trainer
@@ -45,23 +49,34 @@ def moves() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
 
 def run(config_path: str, output: str, layout: str) -> None:
     name, _, settings = layout.partition(":")
-    overrides = [*COMMON, *filter(None, settings.split(";"))]
-    if yardstick := "ulp" in overrides:
-        overrides.remove("ulp")
+    words = [*filter(None, settings.split(";"))]
+    yardstick = "ulp" in words
+    source = next((word.removeprefix("resave=") for word in words if word.startswith("resave=")), None)
+    overrides = COMMON + [word for word in words if word != "ulp" and not word.startswith("resave=")]
+    if source is not None:
+        overrides.append(f"checkpoint.folder={source}")
 
-    def build(folder: str) -> Trainer:
+    @contextmanager
+    def build(folder: str) -> Iterator[Trainer]:
         config = load_config(config_path, [*overrides, f"output={output}/{folder}"])
-        return Trainer(config, Mesh.start(config.parallel))
+        trainer = Trainer(config, Mesh.start(config.parallel))
+        yield trainer
+        trainer.close()
 
-    build(name).run()
+    with build(name) as trainer:
+        if source is None:
+            trainer.run()
+        else:
+            trainer.saver.place = Place.of(f"{output}/{name}/checkpoints")
+            trainer.save()
     for kind, move in moves().items() if yardstick else ():
-        trainer = build(f"{name}-{kind}")
-        # What the model computes in, where one unit in the last place is larger.
-        dtype = torch.bfloat16 if trainer.config.train.precision == "bf16" else torch.float32
-        masters = (f for f in trainer.engine.fragments() if f.kind == "master")
-        weights = {f.name: f.tensor.view(f.shape).to(dtype, copy=True) for f in masters}
-        trainer.engine.load(Moved(weights, move), weights_only=True)  # type: ignore[arg-type]
-        trainer.run()
+        with build(f"{name}-{kind}") as trainer:
+            # What the model computes in, where one unit in the last place is larger.
+            dtype = torch.bfloat16 if trainer.config.train.precision == "bf16" else torch.float32
+            masters = (f for f in trainer.engine.fragments() if f.kind == "master")
+            weights = {f.name: f.tensor.view(f.shape).to(dtype, copy=True) for f in masters}
+            trainer.engine.load(Moved(weights, move), weights_only=True)  # type: ignore[arg-type]
+            trainer.run()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""kill -9 at whatever moment loses no checkpoint, and changes nothing of what training ends with."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megakrause.checkpoint.place import Place
+from megakrause.checkpoint.read import newest_checkpoint
+from tests.training.test_resume import Job, assert_bitwise_same, last_step
+
+STEPS_A_KILL = 12
+AHEAD = 6  # at most so many steps after the last kill: the run does not end before the last one
+
+Victims = Callable[[random.Random, Job], list[psutil.Process]]
+
+
+def everyone(rng: random.Random, job: Job) -> list[psutil.Process]:
+    return job.processes()
+
+
+def someone(rng: random.Random, job: Job) -> list[psutil.Process]:
+    """A rank, or the launcher, which alone is there at first."""
+    return [rng.choice(job.processes())]
+
+
+class Trials:
+    """A run that is killed again and again, by the same seed at the same moments as far as a clock can tell."""
+
+    def __init__(self, config: Path, *keys: object, ranks: int, every: int, kills: int, victims: Victims):
+        self.output, self.ranks, self.every, self.kills, self.victims = (
+            config.parent / "run",
+            ranks,
+            every,
+            kills,
+            victims,
+        )
+        self.place = Place.of(self.output / "checkpoints")
+        self.arguments = [config, *keys, f"train.steps={STEPS_A_KILL * kills}", f"checkpoint.every={every}"]
+        self.arguments += ["checkpoint.keep=2", "log.tensorboard=false", "data.prefetch=1"]
+        self.rng = random.Random(1)
+        self.in_saves = 0
+
+    def run(self) -> None:
+        undisturbed = self.output.with_name("undisturbed")
+        began = time.monotonic()
+        job = self._start(f"output={undisturbed}")
+        job.wait_until(lambda: last_step(undisturbed) > 0)
+        self.seconds_of_start = time.monotonic() - began
+        began = time.monotonic()
+        job.wait_until(lambda: last_step(undisturbed) == STEPS_A_KILL * self.kills)
+        self.seconds_of_step = (time.monotonic() - began) / (STEPS_A_KILL * self.kills - 1)
+        job.finish()
+        for kill in range(self.kills):
+            self._kill(asynchronous=bool(kill % 2))
+        self._start().finish()
+        assert_bitwise_same(self.output, undisturbed)
+
+    def _start(self, *keys: object) -> Job:
+        return Job(*self.arguments, *keys, ranks=self.ranks)
+
+    def _kill(self, asynchronous: bool) -> None:
+        """Starts the run, kills it while it starts or some steps later, and looks at what is left."""
+        before = last_step(self.output)
+        job = self._start(f"checkpoint.asynchronous={str(asynchronous).lower()}")
+        if self.rng.random() < 0.4:
+            ends = time.monotonic() + self.rng.uniform(0, self.seconds_of_start)
+            job.wait_until(lambda: time.monotonic() > ends)
+        else:
+            step = before + self.rng.randint(1, AHEAD)
+            job.wait_until(lambda: last_step(self.output) >= step)
+            time.sleep(self.rng.uniform(0, self.seconds_of_step))
+        victims = self.victims(self.rng, job)
+        committed = self.place.steps()
+        self.in_saves += any(self.output.glob("checkpoints/step-*.tmp"))
+        printed = job.kill(victims)
+
+        newest, passed_over = newest_checkpoint(self.place)
+        assert passed_over == [], printed
+        found = 0 if newest is None else newest.step
+        assert found >= max(committed, default=0), printed
+        if (last := last_step(self.output)) > before:
+            # All saves before this step were begun, and ended, but that a thread may still have been at the last.
+            begun = (last - 1) // self.every * self.every
+            assert found >= begun - self.every * asynchronous, (found, last, printed)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kills"),
+    [(1, 3), pytest.param(1, 20, marks=pytest.mark.slow), pytest.param(2, 10, marks=pytest.mark.slow)],
+)
+def test_killed_run_goes_on_from_what_was_saved_last(
+    config: Path, record_property: Callable[[str, object], None], ranks: int, kills: int
+) -> None:
+    record_property("trials", kills)
+    keys = {1: [], 2: ["parallel.zero=2"]}[ranks]
+    victims = {1: everyone, 2: someone}[ranks]
+    trials = Trials(config, *keys, ranks=ranks, every=ranks, kills=kills, victims=victims)
+    trials.run()
+    record_property("killed while saving", trials.in_saves)
