@@ -17,6 +17,10 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+class Unreachable(UserError):
+    """Something could not be read or written because what holds it does not answer; it may be as good as ever."""
+
+
 class Stopped(Exception):
     """The run was asked to end before its last step, and has saved: the same command goes on."""
 

@@ -18,5 +18,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """A new folder that holds so much ("900k") and no more."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -19,7 +19,7 @@ from megakrause.errors import UserError, explain_os_error
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 CHUNK = 2**24  # bytes that are hashed, written or read at a time
-LONGEST_HEADER = 2**30  # bytes
+LONGEST_HEADER = 10**8  # bytes, as in the safetensors library
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def write_chunks(sink: Sink, name: str, chunks: Iterator[bytes | memoryview]) ->
             part = view[start : start + CHUNK]
             digest.update(part)
             size += len(part)
-            while part:  # an unbuffered write may take a part only
-                part = part[sink.write(part) :]
+            while part:  # an unbuffered write may take a part only; some stores do not say how much they took
+                taken = sink.write(part)
+                part = part[len(part) if taken is None else taken :]
     return FileRecord(name, size, digest.hexdigest())
 
 
@@ -95,6 +96,13 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def as_size(value: Any) -> int:
+    """A whole number of JSON, from 0 to 2^63 - 1. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
 class TensorFile:
     """A safetensors file of which ranges are read, and nothing is mapped that could vanish under the reader."""
 
@@ -109,18 +117,23 @@ class TensorFile:
             header: dict[str, Any] = json.loads(self._read(8, length))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
-            for key, entry in header.items():
-                dtype, shape = DTYPES_BY_NAME[entry["dtype"]], tuple(map(int, entry["shape"]))
-                start, end = entry["data_offsets"]
-                if end - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= end <= size - 8 - length:
+            free = 0  # the first byte that no tensor before has
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape = DTYPES_BY_NAME[entry["dtype"]], tuple(map(as_size, entry["shape"]))
+                start, end = map(as_size, entry["data_offsets"])
+                if end - start != math.prod(shape) * dtype.itemsize or not free <= start <= end <= size - 8 - length:
                     raise ValueError(f"{key} at bytes {start} to {end}")
                 self._tensors[key] = dtype, shape, 8 + length + start
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                free = end
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise UserError(f"{folder.path}/{name} is no readable safetensors file: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         """The names of its tensors."""
         return iter(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._tensors[key][1]
 
     def tensor(self, key: str) -> torch.Tensor:
         """All of a tensor."""
@@ -155,7 +168,7 @@ class TensorFile:
 
 
 def check_file(folder: Folder, record: FileRecord) -> str | None:
-    """What is wrong with a file, in words; None if it is what the record says."""
+    """What is wrong with a file, in words; None if it is what the record says. Raises Unreachable."""
     path = f"{folder.path}/{record.name}"
     try:
         size = folder.size(record.name)
@@ -169,8 +182,6 @@ def check_file(folder: Folder, record: FileRecord) -> str | None:
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror or explain_os_error(error)}"
-    except UserError as error:
-        return str(error)
     return None if digest.hexdigest() == record.xxh3_128 else f"{path} does not match its checksum"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ class Box:
     @staticmethod
     def whole(shape: tuple[int, ...]) -> Box:
         return Box(shape, (0,) * len(shape), shape)
+
+    def holds(self, offset: int, numel: int) -> bool:
+        """Whether it is a part of a parameter, and has elements [offset, offset + numel) when it is flattened."""
+        inside = all(s + n <= whole for s, n, whole in zip(self.start, self.size, self.shape, strict=True))
+        return inside and offset + numel <= math.prod(self.size)
 
     @property
     def dim(self) -> int | None:

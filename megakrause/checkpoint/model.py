@@ -8,7 +8,8 @@ import torch
 
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.config import ModelConfig, RunConfig, parse_config
-from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.huggingface_tokenizer import TOKENIZER
+from megakrause.data.tokenizer import MODEL, Tokenizer
 from megakrause.errors import UserError
 from megakrause.models.build import build_model, whole_shapes
 from megakrause.models.lm import LanguageModel
@@ -16,13 +17,18 @@ from megakrause.models.lm import LanguageModel
 
 def stored_config(checkpoint: Checkpoint) -> RunConfig:
     """The config that a checkpoint was made with."""
-    return parse_config(tomllib.loads(checkpoint.config))
+    try:
+        return parse_config(tomllib.loads(checkpoint.config))
+    except (ValueError, RecursionError, UserError) as error:
+        raise UserError(f"{checkpoint.path}/config.toml is no config of this program: {error}") from error
 
 
 def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer, which every checkpoint carries. Raises UserError."""
     names = [record.name for record in checkpoint.files]
     files = {name: checkpoint.content(name) for name in names if not name.startswith(("rank-", "state.", "config."))}
+    if not files.keys() & {MODEL, TOKENIZER}:
+        raise UserError(f"{checkpoint.path} has no tokenizer")
     return Tokenizer(files, checkpoint.path)
 
 

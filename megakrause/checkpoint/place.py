@@ -12,9 +12,11 @@ Where they cannot (object stores), files are written to their final names, and a
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,11 +25,12 @@ from typing import Any
 
 from megakrause.checkpoint.files import FileRecord, flush_folder, write_bytes, write_chunks
 from megakrause.data.remote import Patience, is_missing
-from megakrause.errors import UserError
+from megakrause.errors import Unreachable, UserError
 
 COMMIT = "COMMIT.json"
 PART = 64 << 20  # bytes of an upload at a time
-STEP = re.compile(r"step-(\d+)")
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+LARGEST = 64 << 20  # bytes of a file that is read whole
 
 Chunks = Callable[[], Iterator[bytes | memoryview]]  # a file's content, from its beginning each time
 
@@ -50,7 +53,9 @@ class StepFolder(ABC):
 
     def read(self, name: str) -> bytes:
         """All of a small file."""
-        buffer = bytearray(self.size(name))
+        if (size := self.size(name)) > LARGEST:
+            raise UserError(f"{self.path}/{name} has {size} bytes; no such file has so many")
+        buffer = bytearray(size)
         return bytes(buffer[: self.read_into(name, 0, memoryview(buffer))])
 
 
@@ -95,7 +100,8 @@ class Place(ABC):
 
     @abstractmethod
     def clean(self) -> None:
-        """Makes the folder that it lies in, and removes what interrupted writes and removals left, as far as that is possible. Only when none is going on."""
+        """Makes the folder that it lies in, and removes what interrupted writes and removals left, as far as that is
+        possible. Only when none is going on."""
 
 
 def step_folder(path: str | Path) -> StepFolder:
@@ -119,7 +125,10 @@ class _LocalFolder(StepFolder):
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         if name not in self._open:
-            self._open[name] = os.open(os.path.join(self.path, name), os.O_RDONLY)
+            path = os.path.join(self.path, name)
+            if not stat.S_ISREG(os.stat(path).st_mode):  # one that waits for a writer, for example
+                raise OSError(errno.EINVAL, "Not a regular file", path)
+            self._open[name] = os.open(path, os.O_RDONLY)
         filled = 0
         while filled < len(buffer) and (n := os.preadv(self._open[name], [buffer[filled:]], offset + filled)):
             filled += n
@@ -218,37 +227,46 @@ class _RemotePlace(Place):
             raise UserError(f"cannot use {url}: {error}") from error
         self._patience = Patience(stall=3600)  # one attempt may be a large upload
 
-    def ask(self, name: str, work: Callable[[Any, str], Any], verb: str = "read") -> Any:
+    def ask(
+        self, name: str, work: Callable[[Any, str], Any], verb: str = "read", patience: Patience | None = None
+    ) -> Any:
         """What work(file system, path of `name` below the root) returns, asked again when the store fails. Raises
-        FileNotFoundError, and UserError when it fails to the end."""
+        FileNotFoundError, and Unreachable when it fails to the end."""
         path = f"{self._root}/{name}".rstrip("/")
 
         def attempt() -> tuple[Any, FileNotFoundError | None]:
             self._fs.invalidate_cache()  # listings, which others change
             try:
                 return work(self._fs, path), None
+            except (IsADirectoryError, NotADirectoryError) as error:
+                return None, FileNotFoundError(error.errno, error.strerror)
             except FileNotFoundError as error:
                 if is_missing(error):
                     return None, error
                 raise
 
-        result, missing = self._patience.ask(f"{self.path}/{name}".rstrip("/"), attempt, verb)
+        try:
+            result, missing = (patience or self._patience).ask(f"{self.path}/{name}".rstrip("/"), attempt, verb)
+        except UserError as error:
+            raise Unreachable(str(error)) from error
         if missing is not None:
-            raise FileNotFoundError(2, "No such file or directory", f"{self.path}/{name}") from missing
+            reason = missing.strerror or "No such file or directory"
+            raise FileNotFoundError(errno.ENOENT, reason, f"{self.path}/{name}") from missing
         return result
 
     def _files(self) -> dict[int, list[str]]:
         """The names of the files of every step folder, whole or not."""
-        try:
-            paths = self.ask("", lambda fs, path: fs.find(path))
-        except FileNotFoundError:
-            return {}
         found: dict[int, list[str]] = {}
-        for path in paths:
-            folder, _, name = path.rpartition("/")
-            if match := STEP.fullmatch(folder.rpartition("/")[2]):
-                found.setdefault(int(match[1]), []).append(name)
+        for folder in self._names(""):
+            if match := STEP.fullmatch(folder):
+                found[int(match[1])] = self._names(folder)
         return found
+
+    def _names(self, folder: str, patience: Patience | None = None) -> list[str]:
+        with suppress(FileNotFoundError):
+            paths = self.ask(folder, lambda fs, path: fs.ls(path, detail=False), patience=patience)
+            return [path.rstrip("/").rpartition("/")[2] for path in paths]
+        return []
 
     def steps(self) -> list[int]:
         return sorted((step for step, names in self._files().items() if COMMIT in names), reverse=True)
@@ -269,18 +287,26 @@ class _RemotePlace(Place):
         return record
 
     def commit(self, step: int, content: bytes) -> None:
-        self.ask(f"step-{step}/{COMMIT}", lambda fs, path: fs.pipe_file(path, content), "write")
+        def write(fs: Any, path: str) -> None:
+            fs.pipe_file(f"{path}.tmp", content)  # not every store writes a file at once
+            fs.mv(f"{path}.tmp", path)
+
+        self.ask(f"step-{step}/{COMMIT}", write, "write")
 
     def discard(self, step: int) -> None:
         with suppress(OSError, UserError):
-            if not self.folder(step).exists(COMMIT):
-                self.remove(step)
+            once = Patience(total=0)  # the others do not wait for this
+            if COMMIT not in self._names(f"step-{step}", once):
+                self._remove(step, once)
 
     def remove(self, step: int) -> None:
+        self._remove(step, self._patience)
+
+    def _remove(self, step: int, patience: Patience) -> None:
         with suppress(FileNotFoundError):
-            self.ask(f"step-{step}/{COMMIT}", lambda fs, path: fs.rm_file(path), "remove")
+            self.ask(f"step-{step}/{COMMIT}", lambda fs, path: fs.rm_file(path), "remove", patience)
         with suppress(FileNotFoundError):
-            self.ask(f"step-{step}", lambda fs, path: fs.rm(path, recursive=True), "remove")
+            self.ask(f"step-{step}", lambda fs, path: fs.rm(path, recursive=True), "remove", patience)
 
     def clean(self) -> None:
         for step, names in self._files().items():

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megakrause.checkpoint.files import FileRecord, TensorFile, check_file
+from megakrause.checkpoint.files import FileRecord, TensorFile, as_size, check_file
 from megakrause.checkpoint.fragment import Box
-from megakrause.checkpoint.place import COMMIT, Place, StepFolder, step_folder
+from megakrause.checkpoint.place import COMMIT, STEP, Place, StepFolder, step_folder
 from megakrause.checkpoint.write import FORMAT
-from megakrause.errors import UserError
+from megakrause.errors import Unreachable, UserError
 from megakrause.parallel.mesh import ALONE, Axis
+
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # what odd JSON leads to
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,20 @@ def _rectangles(box: Box, dim: int, offset: int, numel: int) -> list[_Rectangle]
     return found
 
 
+def _overlap(pieces: list[_Piece]) -> bool:
+    """Whether some element is in two of them."""
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Piece]] = {}
+    for piece in pieces:
+        boxes.setdefault((piece.box.start, piece.box.size), []).append(piece)
+    for same in boxes.values():
+        ordered = sorted(same, key=lambda piece: piece.offset)
+        if any(b.offset < a.offset + a.numel for a, b in pairwise(ordered) if b.numel):
+            return True
+    return any(
+        all(x < y + m and y < x + n for x, n, y, m in zip(*a, *b, strict=True)) for a, b in combinations(boxes, 2)
+    )
+
+
 def _common(a: range, b: range) -> range:
     return range(max(a.start, b.start), min(a.stop, b.stop))
 
@@ -75,16 +94,20 @@ class Checkpoint:
         try:
             name = COMMIT
             commit = json.loads(folder.read(name))
-            self.files = [FileRecord(**record) for record in commit["files"]]
             if commit["format"] != FORMAT:
                 raise UserError(f"{self.path} has format {commit['format']}; this version reads format {FORMAT}")
+            self.files = [FileRecord(**record) for record in commit["files"]]
+            for record in self.files:
+                if not (isinstance(record.xxh3_128, str) and FILE.fullmatch(record.name) and as_size(record.size) + 1):
+                    raise ValueError(f"{record.name!r} is no file of a checkpoint")
             name = "state.json"
             self.state: dict[str, Any] = json.loads(folder.read(name))
+            as_size(self.state["step"])
             name = "config.toml"
             self.config = folder.read(name).decode()
         except FileNotFoundError as error:
             raise UserError(f"{self.path} is not a checkpoint: {name} is missing") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *NOT_OURS) as error:
             raise UserError(f"{self.path} is not a readable checkpoint: {name}: {error}") from error
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
@@ -97,7 +120,7 @@ class Checkpoint:
     def verify(self, axis: Axis = ALONE) -> str | None:
         """What is wrong, in words, or None. The ranks of the axis share the work and learn the same."""
         share = self.files[axis.rank :: axis.size]
-        problems = [check_file(self._folder, record) for record in share]
+        problems = axis.together(lambda: [check_file(self._folder, record) for record in share])
         found = axis.gather_objects([p for p in problems if p is not None])
         return next((p for part in found for p in part), None)
 
@@ -138,13 +161,15 @@ class Checkpoint:
             return 0
         file, begin = self._file(piece.file), there.flat(rows).start
         target = result[here.flat(rows)]
-        if columns == there.columns == here.columns:
+        part = slice(columns.start - there.columns.start, columns.stop - there.columns.start)
+        into = slice(columns.start - here.columns.start, columns.stop - here.columns.start)
+        if len(rows) == 1:
+            file.read_into(piece.key, begin + part.start, target[into])
+        elif columns == there.columns == here.columns:
             file.read_into(piece.key, begin, target)
         else:
             stored = torch.empty(len(rows) * len(there.columns))
             file.read_into(piece.key, begin, stored)
-            part = slice(columns.start - there.columns.start, columns.stop - there.columns.start)
-            into = slice(columns.start - here.columns.start, columns.stop - here.columns.start)
             target.view(len(rows), -1)[:, into] = stored.view(len(rows), -1)[:, part]
         return len(rows) * len(columns)
 
@@ -181,21 +206,36 @@ class Checkpoint:
     def _read_index(self) -> None:
         if self._shapes:
             return
+        shapes: dict[str, tuple[int, ...]] = {}
+        pieces: dict[tuple[str, str], list[_Piece]] = {}
         for record in self.files:
             if not record.name.startswith("rank-"):
                 continue
-            for f in json.loads(self._file(record.name).metadata["fragments"]):
-                box = Box(tuple(f["shape"]), tuple(f["start"]), tuple(f["box"]))
-                self._shapes[f["name"]] = box.shape
-                piece = _Piece(box, f["offset"], f["numel"], record.name, f["key"])
-                self._pieces.setdefault((f["name"], f["kind"]), []).append(piece)
+            file = self._file(record.name)
+            try:
+                for f in json.loads(file.metadata["fragments"]):
+                    box = Box(*(tuple(map(as_size, f[key])) for key in ("shape", "start", "box")))
+                    if file.shape(f["key"]) != (as_size(f["numel"]),) or not box.holds(
+                        as_size(f["offset"]), f["numel"]
+                    ):
+                        raise ValueError(f"{f['key']} is not what its place says")
+                    if shapes.setdefault(str(f["name"]), box.shape) != box.shape:
+                        raise ValueError(f"{f['name']} has two shapes")
+                    piece = _Piece(box, f["offset"], f["numel"], record.name, f["key"])
+                    pieces.setdefault((f["name"], f["kind"]), []).append(piece)
+            except NOT_OURS as error:
+                raise UserError(f"{self.path}/{record.name} has no readable list of fragments: {error}") from error
+        for (name, kind), parts in pieces.items():
+            if _overlap(parts):
+                raise UserError(f"{self.path} holds elements of {kind} of {name} twice")
+        self._shapes, self._pieces = shapes, pieces
 
 
 def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
     """The checkpoint that `path` names: a step folder, or the newest that verifies of a run's folder or of a folder of
     checkpoints. Raises UserError."""
     folder = step_folder(path)
-    if folder.exists(COMMIT):
+    if STEP.fullmatch(str(path).rstrip("/").rpartition("/")[2]) or folder.exists(COMMIT):
         checkpoint = Checkpoint(folder)
         if problem := checkpoint.verify(axis):
             raise UserError(f"checkpoint {path} is damaged: {problem}")
@@ -224,13 +264,13 @@ def find_place(path: str | Path) -> Place:
 
 
 def newest_checkpoint(place: Place, axis: Axis = ALONE) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over; None when nothing was ever committed.
-    Raises UserError when checkpoints exist and none verifies."""
+    """The newest checkpoint that verifies, and why newer ones were passed over; None when nothing was ever
+    committed. Raises UserError when checkpoints exist and none verifies, or they cannot be reached."""
     passed_over: list[str] = []
     # The main rank's view, so that all decide alike.
     steps = axis.gather_objects(axis.together(place.steps if axis.rank == 0 else list))[0]
     for step in steps:
-        checkpoint, problem = _try_open(place.folder(step))
+        checkpoint, problem = axis.together(lambda step=step: _try_open(place.folder(step)))  # type: ignore[misc]
         problem = next((p for p in axis.gather_objects(problem) if p), None)
         if checkpoint is not None and problem is None:
             problem = checkpoint.verify(axis)
@@ -245,5 +285,7 @@ def newest_checkpoint(place: Place, axis: Axis = ALONE) -> tuple[Checkpoint | No
 def _try_open(folder: StepFolder) -> tuple[Checkpoint | None, str | None]:
     try:
         return Checkpoint(folder), None
+    except Unreachable:  # it may be the newest good one
+        raise
     except UserError as error:
         return None, str(error)

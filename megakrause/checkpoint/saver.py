@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,7 @@ class Saver:
 
     def __init__(self, place: Place, axis: Axis, retention: Retention, *, asynchronous: bool):
         self.place, self._axis, self._retention, self._asynchronous = place, axis, retention, asynchronous
-        self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, str, int, int], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -41,7 +42,7 @@ class Saver:
         began = time.perf_counter()
         self._join()
         if self._asynchronous:
-            snapshot = replace(snapshot, fragments=list(self._copy(snapshot.fragments)))
+            snapshot = self._copy(snapshot)
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
             self._thread.start()
         else:
@@ -73,7 +74,19 @@ class Saver:
         except Exception as error:  # of a thread, it would be lost
             self._failure = error
 
-    def _copy(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
+    def _copy(self, snapshot: Snapshot) -> Snapshot:
+        """The same from now on, whatever becomes of what it was made of."""
+        fragments: Iterable[Fragment]
+        try:
+            fragments = list(self._copies(snapshot.fragments))
+        except Exception as error:  # which all ranks have to learn of while they write
+            fragments = _raising(error)
+        rng = {name: value.clone() for name, value in snapshot.rng.items()}
+        return replace(
+            snapshot, fragments=fragments, rng=rng, state=deepcopy(snapshot.state), files=dict(snapshot.files)
+        )
+
+    def _copies(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
         on_device = False
         for fragment in fragments:
             buffer = self._buffer(fragment)
@@ -84,9 +97,14 @@ class Saver:
             torch.cuda.synchronize()
 
     def _buffer(self, fragment: Fragment) -> torch.Tensor:
-        key = fragment.name, fragment.kind, fragment.offset
+        key = fragment.name, fragment.kind, fragment.offset, len(fragment.tensor)
         if key not in self._buffers:
             like = fragment.tensor
             self._buffers[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=torch.cuda.is_available())
             self._buffers[key].zero_()  # memory is only handed out when it is first written to
         return self._buffers[key]
+
+
+def _raising(error: Exception) -> Iterator[Fragment]:
+    raise error
+    yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,12 +36,19 @@ class Retention:
 
     last: int  # the newest so many
     every: int = 0  # and those of steps that are a multiple; 0: no others
+    damaged: set[int] = field(default_factory=set)  # steps that are known not to verify: these count for nothing
 
     def outdated(self, newest: int, steps: list[int]) -> list[int]:
         """Which of `steps`, newest first, have to go when `newest` has been written. Later ones than that were passed
         over on resume, because they do not verify: they must not push good ones out."""
-        older = [step for step in steps if step < newest][self.last - 1 :]
-        return [step for step in older if not self.every or step % self.every]
+        self.damaged.discard(newest)
+        older = [step for step in steps if step < newest]
+        good = [step for step in older if step not in self.damaged][self.last - 1 :]
+        return [
+            step
+            for step in older
+            if step in self.damaged or step in good and not (self.every and step % self.every == 0)
+        ]
 
 
 def save_checkpoint(place: Place, snapshot: Snapshot, axis: Axis, retention: Retention) -> None:
@@ -88,10 +95,16 @@ def _rank_chunks(fragments: list[Fragment], rng: Mapping[str, torch.Tensor]) -> 
 
 
 def _remove_outdated(place: Place, newest: int, retention: Retention) -> None:
-    for step in retention.outdated(newest, place.steps()):
+    """What fails here is said: the new one is safe, and training goes on."""
+    try:
+        steps = retention.outdated(newest, place.steps())
+    except UserError as error:
+        print(str(error), file=sys.stderr)
+        return
+    for step in steps:
         try:
             place.remove(step)
-        except OSError as error:  # the new one is safe; training goes on
+        except OSError as error:
             print(f"cannot remove {explain_os_error(error)}", file=sys.stderr)
         except UserError as error:
             print(str(error), file=sys.stderr)

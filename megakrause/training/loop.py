@@ -67,6 +67,7 @@ class Trainer:
         self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.data.tokenizer))
         self.config = config = resolve(config, self.tokenizer.vocab_size)
         self.place = mesh.world.together(lambda: Place.of(config.checkpoint.folder or self.output / "checkpoints"))
+        self.damaged: set[int] = set()  # steps whose checkpoints do not verify
         checkpoint = self._find_checkpoint()
         self.samples, self.batches = self._open_data(checkpoint)
         self.valid_windows = mesh.world.together(lambda: eval_windows(config, self.tokenizer))
@@ -79,11 +80,11 @@ class Trainer:
             start = find_checkpoint(config.train.init_from, mesh.world)
             check_shapes(start, config.model)
         # 2. The output folder, which is this run's alone from now on.
-        self.lock = mesh.world.together(lambda: self._prepare_output() if mesh.is_main else None)
+        self.locks = mesh.world.together(lambda: self._prepare_output() if mesh.is_main else [])
         # 3. The engine, and who writes its state.
         model = build_model(config.model, config.train.seed, Layout.of(config, mesh))
         self.engine = Engine(model, config, mesh)
-        keep = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
+        keep = Retention(config.checkpoint.keep, config.checkpoint.keep_every, self.damaged)
         beside = mesh.beside(SLOWEST_SAVE)
         self.saver = Saver(self.place, beside, keep, asynchronous=config.checkpoint.asynchronous)
         self.guard = Guard(config.guard)
@@ -150,8 +151,8 @@ class Trainer:
 
     def close(self) -> None:
         """Lets another run have the output folder."""
-        if self.lock is not None:
-            self.lock.close()
+        for lock in self.locks:
+            lock.close()
 
     def _begin(self) -> None:
         """Opens what stands at a place of the run: the log, and the data read ahead."""
@@ -221,6 +222,8 @@ class Trainer:
         """Goes back to the last checkpoint. Raises UserError on every rank when that has not helped before."""
         self._check_saved()
         checkpoint, passed_over = newest_checkpoint(self.place, self.mesh.world)
+        if checkpoint is not None and passed_over and self.mesh.is_main:
+            self.damaged.update(step for step in self.place.steps() if step > checkpoint.step)
         for reason in passed_over:
             self._say(f"passed over {reason}")
         verdict = self.guard.allowed(verdict, None if checkpoint is None else checkpoint.step)
@@ -317,6 +320,8 @@ class Trainer:
                 raise UserError(f"checkpoint.resume = false needs an empty output, {self.output} is not; name another")
             return None
         checkpoint, passed_over = newest_checkpoint(self.place, self.mesh.world)
+        if checkpoint is not None and passed_over and self.mesh.is_main:
+            self.damaged.update(step for step in self.place.steps() if step > checkpoint.step)
         for reason in passed_over:
             self._say(f"passed over {reason}")
         if checkpoint is None and (self.output / "metrics.jsonl").exists():
@@ -334,12 +339,16 @@ class Trainer:
         samples = self.mesh.world.together(lambda: train_samples(self.config, self.tokenizer, batches))
         return samples, batches
 
-    def _prepare_output(self) -> OutputLock:
-        """Makes the folder and takes it for this run. Raises UserError when another has it."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        lock = OutputLock(self.output)
+    def _prepare_output(self) -> list[OutputLock]:
+        """Makes the folders and takes them for this run. Raises UserError when another has one."""
+        folders, elsewhere = [self.output], self.config.checkpoint.folder
+        if elsewhere is not None and "://" not in elsewhere and Path(elsewhere).resolve() != self.output.resolve():
+            folders.append(Path(elsewhere))
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        locks = [OutputLock(folder) for folder in folders]
         self.place.clean()
-        return lock
+        return locks
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.engine.load(checkpoint)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Reached = Callable[[str], None]
+Reached = Callable[[str], object]
 
 OLD, NEW = "the old one", "the new one"
 
@@ -70,10 +70,11 @@ AT_URL = [
     Point("it is closed", f"after close {FILE}", OLD, every_rank=True),
     Point("state.json is half written", "amid write 1 of state.json", OLD),
     Point("the tokenizer is written", "after close tokenizer.model", OLD),
-    Point("before COMMIT.json", "before open COMMIT.json", OLD),
-    Point("COMMIT.json is empty", "after open COMMIT.json", OLD),
-    Point("COMMIT.json is half written", "amid write 1 of COMMIT.json", OLD),
-    Point("COMMIT.json is written", "after close COMMIT.json", NEW),
+    Point("before COMMIT.json", "before open COMMIT.json.tmp", OLD),
+    Point("COMMIT.json is empty", "after open COMMIT.json.tmp", OLD),
+    Point("COMMIT.json is half written", "amid write 1 of COMMIT.json.tmp", OLD),
+    Point("COMMIT.json is written", "after close COMMIT.json.tmp", OLD),
+    Point("COMMIT.json has its name", "after rename COMMIT.json.tmp", NEW),
     Point("before an outdated one is removed", "before remove COMMIT.json in step-2", NEW),
     Point("the outdated one has no COMMIT.json", "after remove COMMIT.json in step-2", NEW),
     Point("the outdated one is half removed", "after unlink 3 in step-2", NEW),
@@ -120,7 +121,7 @@ def watch(reached: Reached) -> None:
         reached(f"after open {name}")
         return result
 
-    builtins.open = opened  # type: ignore[assignment]
+    builtins.open = opened
 
 
 def path_of(descriptor: int) -> str:

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from megakrause.parallel.mesh import ALONE, Axis
+from megakrause.parallel.mesh import Axis
 from tests.checkpoint.stores import be_impatient
 
 RANKS = 3
-LIMIT = 60  # seconds that a process may take
-GLOO = timedelta(seconds=10)  # that a rank waits for another
+LIMIT = 120  # seconds that a process may take
+GLOO = timedelta(seconds=30)  # that a rank waits for another
 
 
 class Nursery:
@@ -122,6 +123,7 @@ def _run(size: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> lis
     folder = Path(tempfile.mkdtemp(prefix="megakrause-ranks-"))
 
     def report(rank: int) -> None:
+        outcome: tuple[Any, str | None]
         try:
             axis = () if size == 1 else (join(folder / "store", rank),)
             outcome = work(*axis, *arguments), None
@@ -148,14 +150,10 @@ def _run(size: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> lis
         shutil.rmtree(folder)
 
 
-def join(store: Path, rank: int, size: int = RANKS) -> Axis:
-    """The axis of several processes."""
-    import torch.distributed as dist
-
-    if size == 1:
-        return ALONE
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=GLOO)
-    return Axis(rank, size, dist.group.WORLD)
+def join(store: Path, rank: int) -> Axis:
+    """The axis of RANKS processes."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=GLOO)
+    return Axis(rank, RANKS, dist.group.WORLD)
 
 
 # ---- in the processes

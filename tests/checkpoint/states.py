@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megakrause.checkpoint.files import write_bytes
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import Checkpoint
@@ -79,12 +80,15 @@ def save(
     axis: Axis = ALONE,
     last: int = 2,
     every: int = 0,
+    damaged: Iterable[int] = (),
     seed: int | None = None,
     **changes: Any,
 ) -> str:
     """Saves `snapshot(step)`, changed, and returns the path of the step's folder."""
     place = root if isinstance(root, Place) else Place.of(root)
-    save_checkpoint(place, replace(snapshot(step, axis, seed=seed), **changes), axis, Retention(last, every))
+    save_checkpoint(
+        place, replace(snapshot(step, axis, seed=seed), **changes), axis, Retention(last, every, set(damaged))
+    )
     return f"{place.path}/step-{step}"
 
 
@@ -154,8 +158,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:
     """Writes other content where a checkpoint's commit vouches for it, as someone does who means harm."""
-    from megakrause.checkpoint.files import write_bytes
-
     record = write_bytes(folder, name, iter([content]))
     commit = json.loads((folder / "COMMIT.json").read_bytes())
     commit["files"] = [record.to_json() if old["name"] == name else old for old in commit["files"]]

@@ -12,14 +12,14 @@ from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from megakrause.checkpoint import place
 from megakrause.data.remote import Patience
 
-Fault = Callable[[str, str, str], None]  # (when: "before" or "after", operation, path); raises what goes wrong
+Fault = Callable[[str, str, str], object]  # (when: "before" or "after", operation, path); raises what goes wrong
 
 quick = partial(Patience, total=0.5, first=0.002, longest=0.02)
 
 
 def be_impatient() -> None:
     """Lets this process give up on stores soon."""
-    place.Patience = quick  # type: ignore[misc, assignment]
+    setattr(place, "Patience", quick)  # noqa: B010
 
 
 class Store(LocalFileSystem):
@@ -47,8 +47,11 @@ class Store(LocalFileSystem):
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self.around("makedirs", path, lambda: super(Store, self).makedirs(path, exist_ok))
 
-    def find(self, path: str, *args: Any, **options: Any) -> Any:
-        return self.around("find", path, lambda: super(Store, self).find(path, *args, **options))
+    def ls(self, path: str, *args: Any, **options: Any) -> Any:
+        return self.around("ls", path, lambda: super(Store, self).ls(path, *args, **options))
+
+    def mv(self, path1: str, path2: str, **options: Any) -> None:
+        self.around("mv", path1, lambda: super(Store, self).mv(path1, path2, **options))
 
     def info(self, path: Any, **options: Any) -> Any:
         return self.around("info", str(path), lambda: super(Store, self).info(path, **options))

@@ -34,6 +34,8 @@ from tests.checkpoint.states import (
     steps_of,
 )
 
+pytestmark = pytest.mark.faults
+
 SCHEMES = pytest.mark.parametrize("scheme", ["", "file://"], ids=["folder", "url"])
 
 
@@ -41,8 +43,11 @@ SCHEMES = pytest.mark.parametrize("scheme", ["", "file://"], ids=["folder", "url
 
 
 @SCHEMES
-def test_a_kill_at_any_moment_of_a_save_leaves_a_usable_checkpoint(nursery: Nursery, scheme: str) -> None:
+def test_a_kill_at_any_moment_of_a_save_leaves_a_usable_checkpoint(
+    nursery: Nursery, scheme: str, record_property: Callable[[str, object], None]
+) -> None:
     kills: list[dict[str, Any]] = nursery.call(kill_at_every_moment, scheme)
+    record_property("trials", len(kills))
     assert len(kills) > 30 and {kill["killed"] for kill in kills[:-1]} == {True} and not kills[-1]["killed"]
     for kill in kills:
         assert kill["problem"] is None, kill

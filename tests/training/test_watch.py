@@ -71,8 +71,11 @@ def test_a_rank_that_is_gone_or_stopped_is_named(
     assert launcher.returncode != 0
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, said
-    match = re.fullmatch(r"error: rank 1 is gone or stopped, in step (\d+); the job ends, the same .*", errors[0])
+    match = re.fullmatch(r"error: rank 1 is gone or stopped, in step (\d+);(.*) the job ends, the same .*", errors[0])
     assert match is not None, errors
+    if what == signal.SIGSTOP:  # it cannot say what it was doing
+        assert f" what the ranks were doing is in {output}/stacks;" in match[2]
+        assert os.listdir(output / "stacks") == ["rank-00000.txt"]
     assert abs(int(match[1]) - len(rows(output))) <= 1
     assert not any(process.is_running() for process in processes.values())
     folders = [path for path in (output / "checkpoints").iterdir() if not path.name.endswith(".tmp")]
@@ -98,3 +101,8 @@ if os.environ["RANK"] == "1":
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert launcher.returncode != 0 and len(errors) == 1, said
     assert re.match(r"error: rank 1 is stuck in step 7, at \S+script.py:\d+;", errors[0]), errors
+    # What every rank was doing: one sleeps, the other waits for it.
+    assert f"what the ranks were doing is in {output}/stacks" in errors[0]
+    stacks = [(output / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
+    assert all(f"rank {rank}, step 7, " in text for rank, text in enumerate(stacks))
+    assert "script.py" in stacks[1].split("train_step")[0] and "distributed_c10d.py" in stacks[0]
