@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from megakrause.errors import UserError, explain_os_error
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-CHUNK = 2**24  # bytes that are hashed, written or read at a time
+CHUNK = 2**23  # bytes that are hashed, written or read at a time
 LONGEST_HEADER = 10**8  # bytes, as in the safetensors library
 
 
@@ -174,15 +175,31 @@ def check_file(folder: Folder, record: FileRecord) -> str | None:
         size = folder.size(record.name)
         if size != record.size:
             return f"{path} has {size} bytes instead of {record.size}"
-        digest, buffer, offset = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK, size))), 0
-        while offset < size and (count := folder.read_into(record.name, offset, buffer[: size - offset])):
-            digest.update(buffer[:count])
-            offset += count
+        digest = xxhash.xxh3_128()
+        for part in _read_ahead(folder, record.name, size):
+            digest.update(part)
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror or explain_os_error(error)}"
     return None if digest.hexdigest() == record.xxh3_128 else f"{path} does not match its checksum"
+
+
+def _read_ahead(folder: Folder, name: str, size: int) -> Iterator[memoryview]:
+    """A file from its beginning to its end, each part read while the one before is worked on."""
+    buffers = [memoryview(bytearray(min(CHUNK, size))) for _ in range(2)]
+
+    def read(offset: int, buffer: memoryview) -> memoryview:
+        part = buffer[: size - offset]
+        return part[: folder.read_into(name, offset, part)]
+
+    with ThreadPoolExecutor(1) as reader:
+        offset, ahead = 0, reader.submit(read, 0, buffers[0])
+        while part := ahead.result():
+            offset += len(part)
+            buffers.reverse()
+            ahead = reader.submit(read, offset, buffers[0])
+            yield part
 
 
 def flush_folder(folder: Path) -> None:
