@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from megakrause.data.inputs import INPUT_HELP, SUFFIXES
+from megakrause.data.inputs import INPUT_HELP, SUFFIX_HELP, SUFFIXES
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import run_command
@@ -20,9 +20,10 @@ EXAMPLES = """examples:
   python data_prep/tokenize_text.py --input hf:HuggingFaceFW/fineweb-edu:sample-10BT@train \\
       --tokenizer tokenizer.model --output data/fineweb
 
-A text or source file is one document, each line of a .jsonl file is one, each row of a .parquet file or a dataset is
-one; .gz and .zst files of text and .jsonl are read as they are. Every document ends with the tokenizer's separator.
-What cannot be read is listed in PREFIX.quarantine.jsonl. Interrupted or killed, the same command goes on.
+A text or source file is one document, each line of a .jsonl, .ndjson or .json file is one, each row of a .parquet file
+or a dataset is one; .gz and .zst files of text and JSON lines are read as they are. Every document ends with the
+tokenizer's separator. What cannot be read is listed in PREFIX.quarantine.jsonl; a file that cannot be read to its end
+stops it, unless --skip-damaged is given. Interrupted or killed, the same command goes on.
 """
 
 
@@ -49,12 +50,12 @@ def main() -> None:
     )
     parser.add_argument("--input", nargs="+", required=True, help=INPUT_HELP)
     parser.add_argument("--tokenizer", required=True, help="SentencePiece .model, or Hugging Face tokenizer folder")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the corpus's files")
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="of the corpus's files, such as data/train; no folder"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus if there is one")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; default: one per core")
-    parser.add_argument(
-        "--suffix", nargs="+", default=SUFFIXES, help=f"of files in folders; default: {' '.join(SUFFIXES)}"
-    )
+    parser.add_argument("--suffix", nargs="+", default=SUFFIXES, help=SUFFIX_HELP)
     parser.add_argument("--exclude", nargs="+", default=[], help="names of files and folders to pass over")
     parser.add_argument("--text-field", default="text", help="field of objects, column of tables; default: text")
     parser.add_argument(
@@ -71,6 +72,9 @@ def main() -> None:
         default="1%",
         metavar="N",
         help="stop at more bad documents than this, a number or a percentage; default: 1%%",
+    )
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="go on after a file that cannot be read to its end, and list it"
     )
     parser.add_argument("--shard-mb", type=positive, default=4096, help="largest .bin file, in MiB; default: 4096")
     parser.add_argument(
@@ -92,6 +96,7 @@ def main() -> None:
             min_chars=arguments.min_chars,
             max_chars=arguments.max_chars,
             max_rejected=arguments.max_rejected,
+            skip_damaged=arguments.skip_damaged,
             overwrite=arguments.overwrite,
             shard_bytes=arguments.shard_mb << 20,
             max_document=arguments.max_document_mb << 20,
@@ -101,6 +106,8 @@ def main() -> None:
             f"({summary.text_bytes / summary.tokens:.2f} per token); {summary.empty} empty and {summary.filtered} "
             "filtered documents left out"
         )
+        if summary.damaged:
+            print(f"{summary.damaged} files could not be read to their end, see {summary.quarantine}", file=sys.stderr)
         if summary.rejected:
             print(f"{summary.rejected} documents were rejected, see {summary.quarantine}", file=sys.stderr)
 

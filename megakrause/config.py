@@ -7,6 +7,8 @@ value and a legal one. What was resolved is written back with `RunConfig.to_toml
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +17,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megakrause.errors import UserError
+
+NUMBER = re.compile(r"[-+]?[.,]?\d[\d.,]*(e[-+]?\d+)?%?|[-+]?(nan|inf)", re.IGNORECASE)
 
 
 class Section(BaseModel):
@@ -114,12 +118,12 @@ class SourceConfig(Section):
     """A corpus to train on, and its part in the mix."""
 
     path: str = Field(
-        description="corpus PREFIX; or text that is tokenized while it is read: files of .jsonl, .parquet, .txt and so "
-        "on, as one name or a pattern, or a dataset hf:ID"
+        description="corpus PREFIX; or text that is tokenized while it is read: .txt, .md, .py, .jsonl, .ndjson, .json "
+        "and .parquet files, also .gz and .zst, as one name or a pattern, or a dataset hf:ID (hf://... is a URL)"
     )
     weight: Annotated[float, Field(ge=0)] | list[Annotated[tuple[int, float], Field(strict=False)]] = Field(
         default=1.0,
-        description="its share of the sequences; or [[0, w], [step, w], ...]: from these steps on",
+        description="its share of the sequences; or [[0, w], [steps, w], ...]: w after so many steps",
     )
     epochs: float | None = Field(
         default=None, gt=0, description="how often it may be used; then the others share its part"
@@ -133,6 +137,11 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def check(self) -> SourceConfig:
         steps = [step for step, _ in self.weights]
+        if steps and steps[0] > 0:
+            raise ValueError(
+                f"data.train: weight = {list(map(list, self.weights))} of {self.path}: the first step must be 0, as in "
+                f"[[0, 0], {list(self.weights[0])}]"
+            )
         if steps[:1] != [0] or steps != sorted(set(steps)) or min(weight for _, weight in self.weights) < 0:
             raise ValueError(
                 f"data.train: weight = {self.weight} of {self.path} must be pairs [step, weight] with steps from 0 "
@@ -142,7 +151,7 @@ class SourceConfig(Section):
 
     @property
     def weights(self) -> list[tuple[int, float]]:
-        """(from this step on, weight), from step 0 on."""
+        """(after so many steps, weight), from 0 on."""
         return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
 
     def weight_at(self, step: int) -> float:
@@ -172,6 +181,13 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> DataConfig:
+        words = self.train.split() if isinstance(self.train, str) else []
+        # A slip in a mix, not a name with spaces: some word is a number, or is meant to be one, as 0,7 or 70%.
+        if len(words) > 1 and any(NUMBER.fullmatch(word) for word in words) and not _is_mix(words):
+            raise ValueError(
+                f"data.train = '{self.train}' is no 'WEIGHT PREFIX WEIGHT PREFIX ...' with weights of at least 0, such "
+                "as '0.7 data/web 0.3 data/code'; for names with spaces write tables, [{ path = \"my web\" }]"
+            )
         if not any(source.weight_at(0) for source in self.sources):
             raise ValueError("data.train: no source has a weight at step 0; give one a weight above 0")
         return self
@@ -182,13 +198,17 @@ class DataConfig(Section):
         if not isinstance(self.train, str):
             return self.train
         words = self.train.split()
-        try:
-            weights = [float(word) for word in words[::2]]
-        except ValueError:
-            weights = []
-        if len(words) < 2 or len(words) % 2 or len(weights) * 2 != len(words):
+        if not _is_mix(words):
             return [SourceConfig(path=self.train)]
-        return [SourceConfig(path=p, weight=w) for p, w in zip(words[1::2], weights, strict=True)]
+        return [SourceConfig(path=p, weight=float(w)) for p, w in zip(words[1::2], words[::2], strict=True)]
+
+
+def _is_mix(words: list[str]) -> bool:
+    """Whether they are WEIGHT PREFIX WEIGHT PREFIX ..."""
+    try:
+        return len(words) >= 2 and len(words) % 2 == 0 and all(0 <= float(word) < math.inf for word in words[::2])
+    except ValueError:
+        return False
 
 
 class OptimConfig(Section):

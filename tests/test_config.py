@@ -257,12 +257,28 @@ def test_the_corpora_of_data_train() -> None:
         ),
         ([{"weight": 1.0}], r"config key 'data.train\[0\].path' is missing"),
         ([{"path": "a", "epochs": 0}], r"data.train\[0\].epochs = 0 is not allowed"),
-        ([{"path": "a", "weight": [[5, 1.0]]}], "must be pairs .* with steps from 0 upwards"),
+        ([{"path": "a", "weight": [[5, 1.0]]}], r"weight = \[\[5, 1.0\]\] of a: the first step must be 0, as in "),
+        ([{"path": "a", "weight": [[12, 0.3]]}], r"as in \[\[0, 0\], \[12, 0.3\]\]$"),
+        ([{"path": "a", "weight": [[0, 1.0], [9, 1.0], [9, 2.0]]}], "must be pairs .* with steps from 0 upwards"),
         ([{"path": "a", "weight": [[0, 1.0], [9, -1.0]]}], "weights of at least 0"),
         ([{"path": "a", "weight": 0}], "no source has a weight at step 0"),
         ("0 a 0 b", "no source has a weight at step 0"),
         ([], "no source has a weight at step 0"),
         (3, "data.train = 3 is not allowed"),
+        *(
+            (train, "^data.train = .* is no 'WEIGHT PREFIX WEIGHT PREFIX ...' .*; for names with spaces write tables")
+            for train in (
+                "1 a b",
+                "1 a 2",
+                "a 1",
+                "x.5 a 1 b",
+                "-1 a 2 b",
+                "0,7 a 0,3 b",
+                "70% a",
+                "nan a 1 b",
+                "1 a inf b",
+            )
+        ),
     ],
 )
 def test_mixes_that_cannot_be_are_explained(train: Any, says: str) -> None:

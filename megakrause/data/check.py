@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from megakrause.errors import UserError
 
 def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: str | None = None) -> dict[str, Any]:
     """Reads every byte of a corpus, or of one shard, and checks headers, sizes, hashes, document bounds and token ids.
-    Without a manifest there are no hashes to check, and the vocabulary is `tokenizer`'s.
+    Without a manifest there are no hashes to check, the vocabulary is `tokenizer`'s, and one line on standard error
+    warns where its separator is not found.
 
     Returns what was checked: corpus, files, bytes, tokens, documents, vocab_size, hashed. Raises UserError that names
     the first thing wrong, its file and place."""
@@ -53,6 +55,8 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
             shard.check_cuts()
     for block in range(len(corpus.block_tokens)):
         corpus.documents_of(block)
+    if tokenizer and not (manifest or corpus.manifest) and (warning := corpus.lacks_separator(tokenizer.eos)):
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
     return {
         "corpus": prefix,
         "files": len(blobs),
@@ -67,6 +71,11 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
 def adopt_corpus(prefix: str | Path, tokenizer: Tokenizer) -> Manifest:
     """Checks a .bin/.idx pair that other software wrote and puts a manifest beside it, so that what is read of it from
     now on is compared with hashes. The tokenizer is the one that made it. Raises UserError when something is wrong."""
+    if "://" in str(prefix):
+        raise UserError(
+            f"{prefix} is a URL: adopt it where its folder can be written, then upload "
+            f"{corpus_prefix(prefix).rpartition('/')[2]}.manifest.json"
+        )
     prefix = corpus_prefix(prefix)
     if manifest_path(prefix).exists():
         raise UserError(f"{manifest_path(prefix)} is there already; the corpus has its hashes")

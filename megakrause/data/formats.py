@@ -190,8 +190,10 @@ class NumpyShard(Shard):
                 f'{tokens.path}: how many bytes has a token? Name it .u16 or .u32, or give dtype = "uint16" or "uint32"'
             )
         self.dtype, count = np.dtype(dtype), tokens.size - self.base
-        if self.dtype.kind not in "iu" or count % self.dtype.itemsize:
+        if self.dtype.kind not in "iu":
             raise UserError(f"{tokens.path}: {count} bytes are no tokens of type {self.dtype}")
+        if count % (size := self.dtype.itemsize):
+            raise UserError(f"{tokens.path}: {count} bytes of tokens are not a multiple of {size} bytes: truncated?")
         self.num_tokens, self.num_documents = count // self.dtype.itemsize, None
         self.cuts = [(0, token) for token in [*range(0, self.num_tokens, BLOCK_TOKENS), self.num_tokens]]
 

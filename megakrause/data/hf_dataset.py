@@ -31,6 +31,11 @@ class _Name:
     revision: str | None
 
 
+def is_dataset(name: str) -> bool:
+    """Whether it is written as one; hf://... is a URL."""
+    return name.startswith(DATASET) and not name.startswith(f"{DATASET}//")
+
+
 def is_saved_dataset(folder: str) -> bool:
     """Whether `save_to_disk` wrote it."""
     names = set(os.listdir(folder)) if os.path.isdir(folder) else set()

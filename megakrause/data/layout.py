@@ -26,6 +26,11 @@ from megakrause.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+# Of names of tokens and of text, which a PREFIX must not look like.
+TAKEN = (
+    *(".bin", ".idx", ".ds", ".npy", ".u16", ".u32"),
+    *(".jsonl", ".json", ".ndjson", ".parquet", ".txt", ".md", ".py", ".gz", ".zst"),
+)
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # by Megatron's codes
 
 
@@ -78,6 +83,19 @@ class Manifest(BaseModel):
 def corpus_prefix(path: str | Path) -> str:
     """PREFIX of PREFIX, PREFIX.bin, PREFIX.idx or PREFIX.manifest.json."""
     return re.sub(r"\.(bin|idx|manifest\.json)$", "", str(path))
+
+
+def check_output(prefix: str | Path) -> None:
+    """Raises UserError for a PREFIX that no corpus should be written to."""
+    if "://" in str(prefix):
+        raise UserError(f"output {prefix} is a URL: write to a folder of this machine, then upload the files")
+    if str(prefix).endswith("/") or Path(prefix).is_dir():
+        raise UserError(f"output {prefix} is a folder: name a PREFIX such as {Path(prefix)}/train")
+    if str(prefix).endswith(TAKEN):
+        raise UserError(
+            f"output {prefix} would be taken for a {Path(prefix).suffix} file: name a PREFIX such as "
+            f"{Path(prefix).with_suffix('')}"
+        )
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -42,12 +43,15 @@ class MixedWindows:
         return rows.batch(self.mask_documents)
 
     def describe(self, start: int, count: int) -> list[str]:
-        """A line for each source: what it is, and its part in `count` samples from `start` on."""
+        """A line for each source: what it is, and its part in `count` samples from `start` on; then what people should
+        know of them."""
         before, after = self.mixture.given_before(start), self.mixture.given_before(start + count)
-        return [
+        lines = [
             f"data: {(b - a) / max(count, 1):6.1%} from {source.describe(a, b)}"
             for source, a, b in zip(self.sources, before, after, strict=True)
         ]
+        corpora = [source for source in self.sources if isinstance(source, TokenWindows)]
+        return lines + [f"data: {note}" for source in corpora for note in source.corpus.notes(source.eos)]
 
     @property
     def names(self) -> dict[str, str]:
@@ -88,7 +92,9 @@ class MixedWindows:
 
 
 def describe_past(past: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """What `MixedWindows.past` gave, in words."""
+    """What `MixedWindows.past` gave, in words. Of sources of one name, `names` tells the contents apart."""
+    counts = Counter(names.values())
+    names = {content: n if counts[n] == 1 else f"{n} (content {content[:6]}..)" for content, n in names.items()}
     parts = []
     for segment in past:
         total = sum(segment["mix"].values())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megakrause.config import RunConfig, SourceConfig
 from megakrause.data.encode import EncodeOptions
-from megakrause.data.inputs import find_inputs
+from megakrause.data.inputs import TEXT_SUFFIXES, find_inputs
 from megakrause.data.mixed import MixedWindows
 from megakrause.data.mixture import Mixture, Share
 from megakrause.data.records import ReadOptions
@@ -18,7 +18,7 @@ from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 
-TEXT = re.compile(r"hf:.*|.*\.(txt|md|py|jsonl|parquet)(\.gz|\.zst)?")
+TEXT = re.compile(rf"hf:(?!//).*|.*({'|'.join(map(re.escape, TEXT_SUFFIXES))})(\.gz|\.zst)?", re.IGNORECASE)
 
 
 class Batches:

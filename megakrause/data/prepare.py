@@ -1,7 +1,8 @@
 """From inputs to a corpus: every document encoded, in order, by as many processes as wished.
 
-What cannot be read goes to PREFIX.quarantine.jsonl with its place and the reason; empty documents and those that a
-filter drops are left out and counted. Stopped at any moment, the same call goes on where the writer's journal says.
+What cannot be read goes to PREFIX.quarantine.jsonl with its place and the reason; a file that cannot be read to its end
+stops the run, unless it may be skipped. Empty documents and those that a filter drops are left out and counted. Stopped
+at any moment, the same call goes on where the writer's journal says.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megakrause.data.encode import Encoded, EncodeOptions, encode_groups
 from megakrause.data.huggingface_tokenizer import TOKENIZER
 from megakrause.data.inputs import SUFFIXES, Input, find_inputs
 from megakrause.data.journal import journal_path, read_journal
-from megakrause.data.layout import TokenizerInfo, manifest_path
+from megakrause.data.layout import TokenizerInfo, check_output, manifest_path
 from megakrause.data.quarantine import Quarantine
 from megakrause.data.records import MAX_DOCUMENT, ReadOptions
 from megakrause.data.sources import Part, cut_parts, group_parts
@@ -50,6 +51,8 @@ class Progress(BaseModel):
     empty: int = 0
     filtered: int = 0
     rejected: int = 0
+    damaged: int = 0  # files that could not be read to their end
+    last_damaged: int = -1  # the input that is the last of them
 
 
 @dataclass
@@ -62,7 +65,8 @@ class Summary:
     empty: int
     filtered: int
     rejected: int
-    quarantine: Path | None  # lists what was rejected, if anything was
+    damaged: int  # files that could not be read to their end
+    quarantine: Path | None  # lists the last two, if there are any
 
 
 def tokenize_corpus(
@@ -79,6 +83,7 @@ def tokenize_corpus(
     min_chars: int = 0,
     max_chars: int | None = None,
     max_rejected: int | float | None = None,
+    skip_damaged: bool = False,
     overwrite: bool = True,
     shard_bytes: int = SHARD_BYTES,
     max_document: int = MAX_DOCUMENT,
@@ -87,12 +92,14 @@ def tokenize_corpus(
 
     `document_separator` is the line that parts documents in text files. `eos` is the piece after every document,
     "none" for no piece, else the tokenizer's own. Documents of fewer characters than `min_chars`, or of more than
-    `max_chars`, are left out. More than `max_rejected` bad documents, a number (int) or a share (float), stop the run.
+    `max_chars`, are left out. More than `max_rejected` bad documents, a number (int) or a share (float), stop the run;
+    so does a file that cannot be read to its end, unless `skip_damaged`: then what came before the damage is taken.
 
     The files are the same for any number of `workers` and of interruptions. Memory is bounded by the workers and the
     largest document or row group; a document of more than `max_document` bytes is quarantined. Raises UserError when no
-    input matches, none has any text, too much is rejected, the disk is full, or, without `overwrite`, there is such a
-    corpus."""
+    input matches, none has any text, a file is damaged, too much is rejected, the disk is full, or, without
+    `overwrite`, there is such a corpus."""
+    check_output(prefix)
     sources = find_inputs(inputs, suffixes, exclude)
     reading = ReadOptions(text_field, document_separator, max_document)
     options = EncodeOptions(reading, _separator(tokenizer, eos), min_chars, max_chars)
@@ -109,7 +116,7 @@ def tokenize_corpus(
         raise UserError(f"the corpus {prefix} is there and finished: choose another name, or --overwrite")
     try:
         with CorpusWriter(prefix, TokenizerInfo.of(tokenizer), shard_bytes=shard_bytes, settings=settings) as writer:
-            run = _Run(sources, writer, max_rejected)
+            run = _Run(sources, writer, max_rejected, skip_damaged)
             parts = cut_parts(sources, reading, run.progress.input, run.progress.start)
             with closing(encode_groups(group_parts(parts), tokenizer, options, workers)) as groups, run.bar:
                 for group, made in groups:
@@ -130,11 +137,19 @@ def tokenize_corpus(
 class _Run:
     """The progress of one call."""
 
-    def __init__(self, sources: list[Input], writer: CorpusWriter, max_rejected: int | float | None) -> None:
+    def __init__(
+        self, sources: list[Input], writer: CorpusWriter, max_rejected: int | float | None, skip_damaged: bool
+    ) -> None:
+        """Raises UserError when a file was skipped before that may not be now."""
         self.progress = Progress(**(writer.progress or {}))
+        if self.progress.damaged and not skip_damaged:
+            raise UserError(
+                f"{sources[self.progress.last_damaged].path} could not be read to its end and was skipped before: go "
+                f"on with --skip-damaged, or remove {journal_path(writer.prefix)} to start anew"
+            )
         self._quarantine = Quarantine(writer.prefix, self.progress.quarantine)
         self._writer = writer
-        self._max_rejected = max_rejected
+        self._max_rejected, self._skip_damaged = max_rejected, skip_damaged
         if writer.progress:
             documents, tokens = writer.num_documents, writer.num_tokens
             tqdm.write(f"going on after {documents} documents, {tokens} tokens", file=sys.stderr)
@@ -155,6 +170,7 @@ class _Run:
 
     def add(self, parts: list[Part], made: Encoded) -> None:
         progress = self.progress
+        self._check_damage(made)
         self._writer.add(made.tokens, made.lengths, made.text_bytes)
         progress.empty += made.empty
         progress.filtered += made.filtered
@@ -162,7 +178,9 @@ class _Run:
             if part.number != progress.input:
                 progress.line = 0
             self._quarantine.add(replace(one, line=one.line and progress.line + one.line) for one in rejected)
-            progress.rejected += len(rejected)
+            progress.rejected += sum(not one.damaged for one in rejected)
+            if any(one.damaged for one in rejected) and part.number != progress.last_damaged:
+                progress.damaged, progress.last_damaged = progress.damaged + 1, part.number
             progress.input, progress.start, progress.done = part.number, part.stop, part.done
             progress.line += lines
         self.bar.update(self._position() - self.bar.n)
@@ -186,13 +204,24 @@ class _Run:
             empty=progress.empty,
             filtered=progress.filtered,
             rejected=progress.rejected,
-            quarantine=self._quarantine.path if progress.rejected else None,
+            damaged=progress.damaged,
+            quarantine=self._quarantine.path if progress.rejected or progress.damaged else None,
         )
 
     def _save(self) -> None:
         self.progress.quarantine = self._quarantine.sync()
         self._writer.save(self.progress.model_dump())
         self._saved = time.monotonic()
+
+    def _check_damage(self, made: Encoded) -> None:
+        """Raises UserError for a file that may not be skipped. Nothing of `made` counts then: it is read again."""
+        damaged = [one for rejected in made.rejected for one in rejected if one.damaged]
+        if damaged and not self._skip_damaged:
+            self._save()
+            raise UserError(
+                f"{damaged[0].source} cannot be read to its end: {damaged[0].reason}; mend it or leave it out and run "
+                "the same again, or take what can be read with --skip-damaged"
+            )
 
     def _check_rejected(self, enough: int) -> None:
         """Raises UserError when too many documents were rejected; a share counts once there are `enough` of them."""
@@ -203,10 +232,13 @@ class _Run:
         allowed = limit if isinstance(limit, int) else limit * seen if seen >= enough else seen
         if progress.rejected > allowed:
             self._save()
-            said = limit if isinstance(limit, int) else f"{limit:.4g} of all"
+            said = limit if isinstance(limit, int) else f"{100 * limit:.4g} %"
+            first = self._quarantine.first()
+            example = "" if first is None else f" the first is {first},"
             raise UserError(
-                f"{progress.rejected} of {seen} documents were rejected, more than {said}: "
-                f"see {self._quarantine.path}, mend the input or allow more"
+                f"{progress.rejected} of {seen} documents were rejected, more than {said}:{example} all are in "
+                f"{self._quarantine.path}; mend the input, name its field with --text-field, or allow more with "
+                "--max-rejected"
             )
 
     def _position(self) -> int:

@@ -20,6 +20,10 @@ class Rejected:
     source: str
     line: int | None  # from 1; of a table or a dataset the row; None: the whole file
     reason: str
+    damaged: bool = False  # the file, from there on or all of it: not one document
+
+    def __str__(self) -> str:
+        return f"{self.source}{'' if self.line is None else f', line {self.line}'} ({self.reason})"
 
 
 class Quarantine:
@@ -43,6 +47,15 @@ class Quarantine:
         if data:
             with self.path.open("a") as file:
                 file.write(data)
+
+    def first(self) -> Rejected | None:
+        """The first document that was rejected."""
+        if self.path.exists():
+            with self.path.open() as file:
+                for entry in (Rejected(**json.loads(line)) for line in file):
+                    if not entry.damaged:
+                        return entry
+        return None
 
     def sync(self) -> int:
         """Bytes, which are on disk now."""

@@ -15,6 +15,7 @@ from megakrause.data.inputs import Input
 
 MAX_DOCUMENT = 256 << 20  # bytes
 PIECE = 1 << 20  # bytes of a line or a table that are read at a time
+FIELDS = 20  # of an object, that are listed where the text's is missing
 ROWS = 256  # of a table, decoded at a time
 
 # What a document is made from: bytes of a file, a value of a dataset, or why there is none.
@@ -81,8 +82,11 @@ def text_of(record: Record, kind: str, options: ReadOptions) -> str:
         if not record.strip():
             return ""
         document = json.loads(record.decode("utf-8-sig"))
-        if not isinstance(document, dict) or options.text_field not in document:
-            raise ValueError(f"no object with a field '{options.text_field}'")
+        if not isinstance(document, dict):
+            raise ValueError(f"no object with a field '{options.text_field}' but a {type(document).__name__}")
+        if options.text_field not in document:
+            there = ", ".join(map(repr, [*document][:FIELDS])) or "none"
+            raise ValueError(f"no object with a field '{options.text_field}' but {there}")
         text = document[options.text_field]
     if not isinstance(text, str):
         raise ValueError(f"field '{options.text_field}' is no string but {type(text).__name__}")

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import xxhash
@@ -30,36 +32,45 @@ T = TypeVar("T")
 MAPPED = 64  # blocks of a cache at a time
 BLOCKS, TEMPORARY = "??/" + 32 * "[0-9a-f]", "??/*.tmp"
 STALE = 86400  # seconds after which a temporary file is a dead process's
+UNREACHABLE = ("ClientConnectorError", "ClientConnectorDNSError", "EndpointConnectionError")  # aiohttp's, botocore's
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Patience:
     """How long a store that does not answer is asked again. Setting `stop` ends all waiting."""
 
-    def __init__(self, total: float = 300, first: float = 0.5, longest: float = 30, stall: float = 60) -> None:
-        """Seconds: in all, before the second attempt (doubled each time, up to `longest`), and for one attempt. All
-        together they stay below the trainer's own watch, so that it is the store that is named."""
-        self.total, self.first, self.longest, self.stall = total, first, longest, stall
+    def __init__(
+        self, total: float = 300, first: float = 0.5, longest: float = 30, stall: float = 60, contact: float = 30
+    ) -> None:
+        """Seconds: in all, before the second attempt (doubled each time, up to `longest`), for one attempt, and in all
+        while a host that never answered refuses to be connected. All together they stay below the trainer's own watch,
+        so that it is the store that is named."""
+        self.total, self.first, self.longest, self.stall, self.contact = total, first, longest, stall, contact
         self.stop = threading.Event()
+        self._answered: set[str] = set()  # hosts
 
     def ask(self, what: str, work: Callable[[], T], verb: str = "read") -> T:
         """What `work` returns. Raises UserError when it fails to the end, at once for what is not there or not
         allowed, and soon after `stop` is set."""
-        deadline, wait = time.monotonic() + self.total, self.first
+        begun, wait, host = time.monotonic(), self.first, urlsplit(what).netloc
         while not self.stop.is_set():
             try:
-                return _within(self.stall, work, self.stop)
+                result = _within(self.stall, work, self.stop)
+                self._answered.add(host)
+                return result
             except UserError:
                 raise
             except Exception as error:  # every store has its own
                 if self.stop.is_set():
                     break
+                is_refused = _is_refused(error)
+                if not is_refused:
+                    self._answered.add(host)
+                total = min(self.total, self.contact) if is_refused and host not in self._answered else self.total
                 if is_missing(error) or _is_forbidden(error):
                     raise UserError(f"cannot {verb} {what}: {_reason(error)}") from error
-                if time.monotonic() + wait > deadline:
-                    raise UserError(
-                        f"cannot {verb} {what}: {_reason(error)}; given up after {self.total:.0f} s"
-                    ) from error
+                if time.monotonic() + wait > begun + total:
+                    raise UserError(f"cannot {verb} {what}: {_reason(error)}; given up after {total:.0f} s") from error
                 print(f"{what}: {_reason(error)}; asking again in {wait:.1f} s", file=sys.stderr, flush=True)
             self.stop.wait(wait)
             wait = min(2 * wait, self.longest)
@@ -239,6 +250,7 @@ class RemoteBlob(Blob):
         without hashes from others that had or will have its name."""
         super().__init__(path, size, hashes, block_size)
         self._fs, self._inner, self._cache, self._version = fs, inner, cache, version
+        self._has_ranges = False  # as far as is known
 
     def peek(self, start: int, count: int) -> bytes:
         stop = min(start + count, self.size)
@@ -301,10 +313,31 @@ class RemoteBlob(Blob):
         )
 
     def _fetch(self, start: int, stop: int) -> bytes:
+        if not self._has_ranges and self.size > BLOCK and self.path.startswith("http"):
+            self._ask_for_range()  # else all of a large file may come, into memory
+        self._has_ranges = True
         content: bytes = self._fs.cat_file(self._inner, start=start, end=stop)
+        if len(content) == self.size > stop - start:
+            raise self._without_ranges()
         if len(content) != stop - start:
             raise OSError(f"{len(content)} bytes came of {stop - start} from byte {start} on")
         return content
+
+    def _ask_for_range(self) -> None:
+        """Raises UserError when an HTTP server answers the question for one byte with the file."""
+        from fsspec.asyn import sync
+
+        async def status() -> int:
+            session, options = await self._fs.set_session(), dict(self._fs.kwargs)
+            options["headers"] = {**options.get("headers", {}), "Range": "bytes=0-0"}
+            async with session.get(self._fs.encode_url(self._inner), **options) as response:
+                return int(response.status)
+
+        if sync(self._fs.loop, status) == 200:
+            raise self._without_ranges()
+
+    def _without_ranges(self) -> UserError:
+        return UserError(f"cannot read {self.path}: the server ignores byte ranges; use one that supports them")
 
 
 def _within(seconds: float, work: Callable[[], T], stop: threading.Event) -> T:
@@ -340,6 +373,15 @@ def is_missing(error: Exception) -> bool:
 def _is_forbidden(error: Exception) -> bool:
     status = getattr(error.__cause__ or error, "status", 0)
     return isinstance(error, PermissionError) or status in (401, 403)
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether a host cannot be connected at all: nobody listens there, or it has no address."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError | socket.gaierror) or type(error).__name__ in UNREACHABLE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from megakrause.data.formats import Cuts, DatatroveShard, MegatronShard, NumpyShard, Shard
+from megakrause.data.inputs import TEXT_SUFFIXES
 from megakrause.data.layout import (
     Manifest,
     check_tokenizer,
@@ -33,6 +34,7 @@ from megakrause.errors import UserError
 
 NUMPY = {".npy": None, ".u16": np.dtype(np.uint16), ".u32": np.dtype(np.uint32)}
 MAPPED = 64  # shards that are mapped at a time
+SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 100, 1 << 20  # in which a separator is looked for
 PARTS, PART = 8, 4096  # of a file, at even distances, and bytes of each
 
 
@@ -102,6 +104,33 @@ class Corpus:
                     digest.update(blob.peek(part * max(blob.size - PART, 0) // (PARTS - 1), PART))
         return digest.hexdigest()
 
+    def lacks_separator(self, eos: int) -> str | None:
+        """A warning, if the first documents or tokens have not the separator that a run looks for."""
+        shard = self.shard_of(0)
+        if isinstance(shard, NumpyShard):
+            count = min(shard.num_tokens, SAMPLE_TOKENS)
+            found = eos in np.frombuffer(shard.tokens.peek(shard.base, count * shard.dtype.itemsize), shard.dtype)
+            said = f"the first {count:,} tokens of {self.prefix} have not the tokenizer's separator {eos}"
+        else:
+            bounds = shard.documents(0)[: SAMPLE_DOCUMENTS + 1]
+            ends = bounds[1:][np.diff(bounds) > 0] - 1
+            found = not len(ends) or eos in shard.tokens.take(shard.dtype, ends, shard.base)
+            said = f"no document of {self.prefix} ends with the tokenizer's separator {eos}"
+            if shard.num_documents != len(bounds) - 1 or len(self.shards) > 1:
+                said = f"{said}, of the first {len(bounds) - 1}"
+        return None if found else f"{said}; was it made with another tokenizer?"
+
+    def notes(self, eos: int) -> list[str]:
+        """What people should know of a corpus that has no manifest."""
+        if self.manifest:
+            return []
+        notes = []
+        if all(isinstance(shard, MegatronShard) for shard in self.shards):
+            notes.append(f"{self.prefix} has no manifest: not verified; megakrause data adopt gives it one")
+        if warning := self.lacks_separator(eos):
+            notes.append(f"warning: {warning}")
+        return notes
+
     def documents_of(self, block: int) -> tuple[Shard, np.ndarray]:
         """The shard of a block, and in it the tokens at which its documents begin and the last one ends,
         int64 [documents + 1]."""
@@ -164,15 +193,27 @@ def find_shards(
         return None, [MegatronShard(store.blob(f"{prefix}.bin"), store.blob(f"{prefix}.idx"))]
     files = _other_files(prefix, store)
     if not files:
-        raise UserError(
-            f"there is no corpus at {prefix}: neither {prefix}.manifest.json nor {prefix}.idx exists, and it is no "
-            f".ds, {', '.join(NUMPY)} file, nor a folder of such"
-        )
+        raise UserError(_no_corpus(prefix, store))
     if files[0].endswith(".ds"):
         return None, [DatatroveShard(store.blob(file), store.blob(f"{file}.index")) for file in files]
     eos = tokenizer.eos if tokenizer else None
     types = [NUMPY[file[-4:]] or (np.dtype(dtype) if dtype else None) for file in files]
     return None, [NumpyShard(store.blob(file), kind, eos) for file, kind in zip(files, types, strict=True)]
+
+
+def _no_corpus(prefix: str, store: Store) -> str:
+    if store.exists(f"{prefix}.bin"):
+        return (
+            f"there is no corpus at {prefix}: {prefix}.bin is there, {prefix}.idx is not: raw tokens without an index? "
+            "name it .u16 or .u32"
+        )
+    mix = "; several corpora are 'WEIGHT PREFIX WEIGHT PREFIX ...'" if " " in prefix else ""
+    return (
+        f"there is no corpus at {prefix}: neither {prefix}.manifest.json nor {prefix}.idx exists, and it is no "
+        f".ds, {', '.join(NUMPY)} file, nor a folder of such{mix}; text is read as it is where the name or pattern "
+        f"ends in {' '.join(TEXT_SUFFIXES)} (also .gz, .zst); other text and folders of it: prepare it with "
+        "data_prep/tokenize_text.py"
+    )
 
 
 def _other_files(path: str, store: Store) -> list[str]:

@@ -1,7 +1,7 @@
 """The documents of inputs: cut into parts for many processes, and read.
 
 A text or source file is one document, or, given a separator, what stands between the lines that are the separator; each
-line of a .jsonl file is one, in a field of its object; each row of a .parquet file or a dataset is one.
+line of a file of JSON lines is one, in a field of its object; each row of a .parquet file or a dataset is one.
 
 Plain files are cut by bytes and .parquet files by row groups, which whoever has the part reads; what can only be read
 from its beginning (compressed lines, datasets) is read while it is cut, and its parts carry the records.
@@ -179,4 +179,4 @@ def _until_damage(records: Records, source: Input, options: ReadOptions) -> Reco
 
 
 def _damage(source: Input, error: Exception, where: str = "") -> Rejected:
-    return Rejected(source.path, None, (getattr(error, "strerror", None) or str(error)) + where)
+    return Rejected(source.path, None, (getattr(error, "strerror", None) or str(error)) + where, damaged=True)

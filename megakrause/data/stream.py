@@ -130,7 +130,7 @@ class TextStream:
             try:
                 for group, made in groups:
                     self._check(group)
-                    self._count(len(made.lengths), zip(group, made.rejected, strict=True), ENOUGH)
+                    self._count(len(made.lengths), made.rejected, ENOUGH)
                     tokens.append(made.tokens)
                     lengths.append(made.lengths)
                     size += made.text_bytes
@@ -175,13 +175,12 @@ class TextStream:
             if now not in self._known:
                 raise UserError(f"{path} was changed while it is in use; start again with the files as they are")
 
-    def _count(self, good: int, rejected: Iterable[tuple[Part, list[Rejected]]], enough: int) -> None:
+    def _count(self, good: int, rejected: Iterable[list[Rejected]], enough: int) -> None:
         """Raises UserError when too many of at least `enough` documents are bad, or a file is damaged."""
         self._good += good
-        for part, bad in rejected:
-            is_document = part.input.kind == "text" and self._options.reading.separator is None
+        for bad in rejected:
             for one in bad:
-                if one.line is None and not is_document:
+                if one.damaged:
                     raise UserError(f"{one.source} is damaged: {one.reason}")
                 if not self._bad and os.environ.get("RANK", "0") == "0":
                     line = "" if one.line is None else f", line {one.line} of a part"

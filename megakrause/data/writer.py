@@ -25,6 +25,7 @@ from megakrause.data.layout import (
     FileInfo,
     Manifest,
     TokenizerInfo,
+    check_output,
     manifest_path,
     token_dtype,
     unfinished_path,
@@ -54,7 +55,8 @@ class CorpusWriter:
         settings: dict[str, Any] | None = None,
     ) -> None:
         """`settings`: JSON that determines every document that will be added. Raises UserError when the folder cannot
-        be written, or another process is writing this corpus."""
+        be written, `prefix` is no name for a corpus, or another process is writing this corpus."""
+        check_output(prefix)
         self.prefix = Path(prefix)
         self.tokenizer = tokenizer
         self.dtype = token_dtype(tokenizer.vocab_size)

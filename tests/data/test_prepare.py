@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -21,12 +22,14 @@ from pyarrow import parquet
 from megakrause.data import shard_files, sources
 from megakrause.data.check import verify_corpus
 from megakrause.data.inputs import Input, find_files, find_inputs
+from megakrause.data.layout import TokenizerInfo
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.quarantine import Rejected
 from megakrause.data.records import ReadOptions
 from megakrause.data.shards import Corpus
 from megakrause.data.sources import Part, cut_parts, read_part, read_texts
 from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.writer import CorpusWriter
 from megakrause.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -95,8 +98,8 @@ def test_good_documents_arrive_and_bad_ones_are_listed(texts: Path, tmp_path: Pa
     assert listed == [("bad.txt", None), *(("lines.jsonl", line) for line in (2, 4, 5, 6, 7, 8, 10))]
     for entry, reason in zip(
         entries,
-        ["can't decode byte 0xe9", "delimiter", "no object with a field 'text'", "is no string but int",
-         "no object", "can't decode byte 0xff", "surrogates not allowed", "recursion"],
+        ["can't decode byte 0xe9", "delimiter", "no object with a field 'text' but 'other'", "is no string but int",
+         "no object with a field 'text' but a list", "can't decode byte 0xff", "surrogates not allowed", "recursion"],
         strict=True,
     ):  # fmt: skip
         assert reason in entry["reason"]
@@ -126,6 +129,85 @@ def test_inputs_are_files_folders_and_globs(texts: Path) -> None:
     for missing in ("nothing.txt", "*.zip", "b/skipped/*.txt"):
         with pytest.raises(UserError, match="^no input matches [^\n]*$"):
             names("a.txt", missing)
+
+
+def test_what_is_hidden_or_there_twice_is_not_taken(texts: Path, tmp_path: Path, capfd) -> None:
+    before = find_files([str(texts)])
+    for name in (".git/a.txt", ".hidden.txt", "b/node_modules/x.md", "__pycache__/y.py"):
+        (texts / name).parent.mkdir(exist_ok=True)
+        (texts / name).write_text("hidden")
+    (tmp_path / "outside.txt").write_text("outside")
+    for name, target in (("0.txt", "z.txt"), ("b/again.txt", "../a.txt"), ("o.txt", "../outside.txt")):
+        (texts / name).symlink_to(target)
+    (texts / "p.txt").symlink_to("o.txt")
+    (texts / "gone.txt").symlink_to("nowhere")
+    capfd.readouterr()
+    assert find_files([str(texts)]) == sorted([*before, texts / "o.txt", texts / "gone.txt"])
+    assert capfd.readouterr().err == "1 files passed over (.dat): --suffix takes others\n"
+    assert find_files([str(texts / ".git")]) == [texts / ".git" / "a.txt"]  # named, it is meant
+
+
+def test_what_a_folder_has_besides_is_told(tmp_path: Path, capfd) -> None:
+    for name in ("a.c", "b.c", "c.rst", "d", "e.json.gz", "f.csv", "g.h", "h.x"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"^no input matches [^\n]* \(there are \.c [^\n]* \.\.\.\); give files"):
+        find_files([str(tmp_path)])
+    (tmp_path / "a.txt").write_text("")
+    assert find_files([str(tmp_path)]) == [tmp_path / "a.txt"]
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"8 files passed over \(\.c (\S+|no suffix) .* \.\.\.\): --suffix takes others\n", said)
+    found = find_files([str(tmp_path)], [".txt", ".c"], ["c.rst"])
+    assert found == [tmp_path / name for name in ("a.c", "a.txt", "b.c")]
+    assert "5 files passed over" in (said := capfd.readouterr().err) and ".rst" not in said and ".json.gz" in said
+
+
+def test_suffixes_of_compressed_files(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.txt.gz", "e.GZ"):
+        (tmp_path / name).write_text("")
+
+    def names(*suffixes: str) -> str:
+        return " ".join(path.name for path in find_files([str(tmp_path)], suffixes))
+
+    assert names(".jsonl") == "a.jsonl b.jsonl.gz c.jsonl.zst"
+    assert names(".jsonl.gz") == "b.jsonl.gz" and names(".gz") == "b.jsonl.gz d.txt.gz"
+    assert names(".jsonl.zst", ".txt.gz") == "c.jsonl.zst d.txt.gz"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "a.ZIP", "a.jsonl.xz", "a.csv.zst", "a.pdf", "a.safetensors"])
+def test_what_is_no_text_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("text,1")
+    (tmp_path / "b.html").write_text("text")
+    for entry in (name, "*"):
+        with pytest.raises(UserError, match=rf"{name} is no text; convert it to .jsonl, .parquet or .txt [^\n]*$"):
+            find_files([str(tmp_path / entry)])
+    assert find_files([str(tmp_path / "*")], exclude=[name]) == [tmp_path / "b.html"]
+
+
+@pytest.mark.parametrize("url", ["https://host/a.jsonl", "hf://datasets/a/b/c.jsonl.gz", "s3://x/*.txt"])
+def test_text_is_not_read_from_urls(url: str) -> None:
+    with pytest.raises(UserError, match=r"text is not read from URLs; download it and prepare it first [^\n]*hf:ID$"):
+        find_inputs([url])
+
+
+def test_outputs_that_would_be_taken_for_something_else(texts: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for name, says in [
+        ("out", f"is a folder: name a PREFIX such as {tmp_path}/out/train$"),
+        ("out/", f"is a folder: name a PREFIX such as {tmp_path}/out/train$"),
+        ("new/", f"is a folder: name a PREFIX such as {tmp_path}/new/train$"),
+        ("a.bin", f"would be taken for a .bin file: name a PREFIX such as {tmp_path}/a$"),
+        ("a.jsonl.gz", "would be taken for a .gz file"),
+        ("a.u16", "would be taken for a .u16 file"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            tokenize_corpus([str(texts / "a.txt")], tokenizer, f"{tmp_path}/{name}")
+        with pytest.raises(UserError, match=says):
+            CorpusWriter(f"{tmp_path}/{name}", TokenizerInfo.of(tokenizer))
+    with pytest.raises(UserError, match="is a URL: write to a folder of this machine"):
+        tokenize_corpus([str(texts / "a.txt")], tokenizer, "s3://bucket/train")
+    assert sorted(tmp_path.rglob("*")) == before
+    tokenize_corpus([str(texts / "a.txt")], tokenizer, tmp_path / "v1.5")
 
 
 def test_read_texts_passes_over_bad_ones(texts: Path) -> None:
@@ -194,7 +276,7 @@ def test_line_numbers_go_on_from_part_to_part(
 
 def test_a_file_that_disappears_is_listed(tmp_path: Path) -> None:
     [(_, rejected)] = read_part(Part(Input(str(tmp_path / "gone.txt"), 10, ""), 0, 0, 10, 10), ReadOptions())
-    assert rejected == Rejected(str(tmp_path / "gone.txt"), None, "No such file or directory")
+    assert rejected == Rejected(str(tmp_path / "gone.txt"), None, "No such file or directory", damaged=True)
 
 
 @pytest.fixture
@@ -302,19 +384,27 @@ def test_the_scripts(
     assert code == 0 and f"{model}: 700 pieces" in out
     arguments = ["--input", str(texts), "--tokenizer", model, "--output", prefix]
     code, _, err = run("tokenize_text.py", *arguments)
-    assert code == 1 and err.splitlines()[-1].startswith(
-        "error: 8 of 17 documents were rejected, more than 0.01 of all"
+    said = err.splitlines()[-1]
+    assert code == 1 and said.startswith("error: 8 of 17 documents were rejected, more than 1 %: the first is ")
+    assert (
+        f"{texts}/bad.txt ('utf-8' codec can't decode byte 0xe9" in said and f"all are in {prefix}.quarantine" in said
     )
+    assert "--text-field" in said and "--max-rejected" in said
     code, out, err = run("tokenize_text.py", *arguments, "--max-rejected", "50%")
     assert code == 0 and f"{prefix}: 6 documents" in out and "8 documents were rejected, see" in err
     assert len(documents_of(prefix, Tokenizer.load(model))) == 6
     code, _, err = run("tokenize_text.py", *arguments)
-    assert (
-        code == 1 and err == f"error: the corpus {prefix} is there and finished: choose another name, or --overwrite\n"
-    )
+    assert code == 1 and err.splitlines()[1:] == [
+        f"error: the corpus {prefix} is there and finished: choose another name, or --overwrite"
+    ]
     assert run("tokenize_text.py", *arguments, "--max-rejected", "8", "--overwrite")[0] == 0
 
-    code, _, err = run("train_tokenizer.py", "--input", "nothing", "--vocab-size", "700", "--output", model)
+    code, _, err = run("train_tokenizer.py", "--input", sample, "--vocab-size", "700", "--output", model)
+    assert code == 1 and err == f"error: the tokenizer {model} is there: choose another name, or --overwrite\n"
+    over = [model, "--overwrite"]
+    assert run("train_tokenizer.py", "--input", sample, "--vocab-size", "400", "--output", *over)[0] == 0
+    assert Tokenizer.load(model).vocab_size == 400
+    code, _, err = run("train_tokenizer.py", "--input", "nothing", "--vocab-size", "700", "--output", *over)
     assert code == 1 and err.splitlines()[-1].startswith("error: no input matches nothing")
     code, _, err = run("train_tokenizer.py", "--input", sample, "--vocab-size", "700", "--output", f"{model}/t")
     assert code == 1 and err.splitlines()[-1].startswith(f"error: {model}")

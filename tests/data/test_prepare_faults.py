@@ -73,7 +73,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(mixed: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    tokenize_corpus([str(mixed)], tokenizer, folder / "corpus", shard_bytes=1 << 20, document_separator="=")
+    options: dict[str, Any] = {"shard_bytes": 1 << 20, "document_separator": "=", "skip_damaged": True}
+    tokenize_corpus([str(mixed)], tokenizer, folder / "corpus", **options)
     made = contents(folder)
     assert len(made) > 4 and "corpus.quarantine.jsonl" in made
     return made
@@ -93,7 +94,7 @@ class Command:
         self._arguments = [
             sys.executable, str(folder / "run.py"), "--input", str(mixed), "--tokenizer", tokenizer.path,
             "--output", str(self.out / "corpus"), "--shard-mb", "1", "--document-separator", "=",
-            "--max-rejected", "10%",
+            "--max-rejected", "10%", "--skip-damaged",
         ]  # fmt: skip
 
     def start(self, *more: str) -> subprocess.Popen[str]:
@@ -162,7 +163,7 @@ def make(mixed: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.
         plain = CorpusWriter.save
         with monkeypatch.context() as patch:
             patch.setattr(CorpusWriter, "save", save)
-            options = {"shard_bytes": 1 << 20, "document_separator": "=", **options}
+            options = {"shard_bytes": 1 << 20, "document_separator": "=", "skip_damaged": True, **options}
             return tokenize_corpus([str(mixed)], tokenizer, tmp_path / "out" / "corpus", **options)
 
     return run
@@ -210,15 +211,81 @@ def test_a_changed_quarantine_is_refused(make: Callable[..., Summary], tmp_path:
 def test_too_many_bad_documents_stop_it(
     make: Callable[..., Summary], tmp_path: Path, undisturbed: dict[str, bytes], capfd
 ) -> None:
-    with pytest.raises(UserError, match=r"^2\d of \d+ documents were rejected, more than 20: see [^\n]*$"):
+    with pytest.raises(UserError, match=r"^2\d of \d+ documents were rejected, more than 20: the first is [^\n]*$"):
         make(max_rejected=20)
     done = journal_of(tmp_path / "out")["documents"]
     assert 1000 < done < 4000
-    with pytest.raises(UserError, match=r"more than 0\.009 of all: "):
+    with pytest.raises(UserError, match=r"more than 0\.9 %: the first is \S+/a.jsonl, line 8 \(field 'text' is no "):
         make(max_rejected=0.009)
     assert f"going on after {done} documents" in capfd.readouterr().err
     make(max_rejected=0.1)
     assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_damaged_file_stops_it_unless_it_may_be_skipped(
+    make: Callable[..., Summary], mixed: Path, tmp_path: Path, undisturbed: dict[str, bytes], capfd
+) -> None:
+    said = f"^{mixed}/c.jsonl.gz cannot be read to its end: Truncated [^\n]* with --skip-damaged$"
+    with pytest.raises(UserError, match=said):
+        make(skip_damaged=False)
+    done = journal_of(tmp_path / "out")["documents"]
+    assert done > 2500  # all before it
+    with pytest.raises(UserError, match=said):  # as often as it is tried
+        make(skip_damaged=False)
+    with pytest.raises(KeyboardInterrupt):
+        make(stop=10)
+    with pytest.raises(UserError, match=f"^{mixed}/c.jsonl.gz could not be read to its end and was skipped before: "):
+        make(skip_damaged=False)
+    assert f"going on after {done} documents" in capfd.readouterr().err
+    summary = make()
+    assert summary.damaged == 1 and summary.quarantine is not None
+    listed = [json.loads(line) for line in summary.quarantine.read_text().splitlines()]
+    assert [Path(entry["source"]).name for entry in listed if entry["damaged"]] == ["c.jsonl.gz"]
+    assert len(listed) == summary.rejected + 1
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_file_that_is_mended_is_read(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time and size may be what they were: nothing of it was counted."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_bytes(json.dumps({"text": name * 50}).encode())
+    plain = sources.file_records
+
+    def refused(file: Any, source: Any, *rest: Any) -> Any:
+        if source.path.endswith("b.jsonl"):
+            raise PermissionError(13, "Permission denied")
+        return plain(file, source, *rest)
+
+    def make(**options: Any) -> Summary:
+        return tokenize_corpus([str(tmp_path / "*.jsonl")], tokenizer, tmp_path / "c", **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "file_records", refused)
+        with pytest.raises(UserError, match=f"^{tmp_path}/b.jsonl cannot be read to its end: Permission denied; mend"):
+            make()
+        skipped = tokenize_corpus([str(tmp_path / "*.jsonl")], tokenizer, tmp_path / "d", skip_damaged=True)
+        assert (skipped.documents, skipped.rejected, skipped.damaged) == (2, 0, 1)
+    assert (made := make()).documents == 3 and made.quarantine is None
+
+
+def test_tables_that_are_lost_are_counted_as_files(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, other = (pa.table({name: [str(n) for n in range(40)]}) for name in ("text", "words"))
+    parquet.write_table(other, tmp_path / "a.parquet", row_group_size=10)
+    parquet.write_table(good, tmp_path / "b.parquet", row_group_size=10, compression="none", use_dictionary=False)
+    content = (tmp_path / "b.parquet").read_bytes()
+    groups = parquet.ParquetFile(tmp_path / "b.parquet").metadata
+    for start in (groups.row_group(number).column(0).data_page_offset for number in (1, 3)):
+        content = content[:start] + bytes(20) + content[start + 20 :]
+    (tmp_path / "b.parquet").write_bytes(content)
+    (tmp_path / "c.parquet").write_bytes(b"PAR1")
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")  # a bad document, no damage
+    for workers in (1, 2):
+        made = tokenize_corpus([str(tmp_path)], tokenizer, tmp_path / "x", workers=workers, skip_damaged=True)
+        assert (made.documents, made.rejected, made.damaged) == (20, 1, 3)
+    with pytest.raises(UserError, match="a.parquet cannot be read to its end: no column 'text' but 'words'; "):
+        tokenize_corpus([str(tmp_path)], tokenizer, tmp_path / "y")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.http import HTTPFileSystem
 
-from megakrause.data import check, formats
+from megakrause.data import check, formats, remote
 from megakrause.data.check import adopt_corpus, verify_corpus
 from megakrause.data.remote import BlockCache, Patience
 from megakrause.data.shards import Corpus
@@ -43,6 +45,7 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.faults: list[str] = []
         self.always: str | None = None
+        self.ranges = True
         self.listing = 404
         self.requests: list[str] = []
         self.lock = threading.Lock()
@@ -67,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         path, fault = self.server.folder / self.path.lstrip("/"), None
-        span = self.headers.get("Range")
+        span = self.headers.get("Range") if self.server.ranges else None
         if body and span and path.suffix in (".bin", ".ds"):
             with self.server.lock:
                 self.server.requests.append(f"{path.name} {span}")
@@ -201,6 +204,48 @@ def test_a_server_that_is_not_there(prefix: str, tmp_path: Path) -> None:
         Corpus.open("http://127.0.0.1:1/c", cache=cache)
     with pytest.raises(UserError, match="cannot read nonsense://x/c: "):
         Corpus.open("nonsense://x/c", cache=cache)
+
+
+def test_a_host_that_was_never_there_is_given_up_soon(tmp_path: Path) -> None:
+    patience = Patience(total=60, first=0.1, contact=0.5)
+    with pytest.raises(UserError, match=r"cannot read http://127.0.0.1:1/c.manifest.json: .*given up after 0 s"):
+        Corpus.open("http://127.0.0.1:1/c", cache=BlockCache(tmp_path / "cache", 1 << 20, patience))
+    refused = FileNotFoundError("x")  # as fsspec has it
+    refused.__cause__ = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    answers: list[object] = [OSError("busy"), refused]
+
+    def work() -> None:
+        raise answers.pop(0) if len(answers) > 1 else refused
+
+    patience = Patience(total=2, first=0.1, contact=0.5)
+    with pytest.raises(UserError, match="refused; given up after 2 s"):  # it was there, it may come back
+        patience.ask("http://here/x", work)
+    with pytest.raises(UserError, match="refused; given up after 0 s"):
+        patience.ask("http://there/x", work)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_server_without_ranges_is_refused_at_once(
+    server: Server, prefix: str, cache: BlockCache, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.ranges = False
+    if large:  # not even read once
+        monkeypatch.setattr(remote, "BLOCK", 100)
+        monkeypatch.setattr("fsspec.implementations.http.HTTPFileSystem.cat_file", only_manifests)
+    started = time.monotonic()
+    said = r"^cannot read \S+/c.(bin|idx): the server ignores byte ranges; use one that supports them$"
+    with pytest.raises(UserError, match=said):
+        batches(Corpus.open(f"{server.url}/c", cache=cache))
+    assert time.monotonic() - started < 5
+    server.ranges = True
+    assert same(batches(Corpus.open(f"{server.url}/c", cache=cache)), batches(Corpus.open(prefix)))
+
+
+def only_manifests(self: HTTPFileSystem, path: str, start: int | None = None, end: int | None = None) -> bytes:
+    whole = urllib.request.Request(path, headers={} if start is None else {"Range": f"bytes={start}-{end - 1}"})
+    with urllib.request.urlopen(whole) as answer:
+        assert start is None or answer.status == 206
+        return bytes(answer.read())
 
 
 def test_a_missing_corpus_is_missing_at_once(server: Server, cache: BlockCache) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +15,14 @@ from megakrause.data import formats, shards
 from megakrause.data import writer as writer_module
 from megakrause.data.check import adopt_corpus, verify_corpus
 from megakrause.data.layout import HEADER, MAGIC, TokenizerInfo
+from megakrause.data.mixed import MixedWindows
+from megakrause.data.mixture import Mixture, Share
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.tokens import TokenWindows
 from megakrause.data.writer import CorpusWriter
 from megakrause.errors import UserError
-from tests.data.conftest import WriteCorpus, write_documents
+from tests.data.conftest import EOS, WriteCorpus, write_documents
 
 DOCUMENTS = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1], [1], [14, 15, 1]]
 STREAM = [token for document in DOCUMENTS for token in document]
@@ -250,6 +254,46 @@ def found(prefix: str | Path, tokenizer: Tokenizer | None = None) -> str:
 def test_missing_corpus(tmp_path: Path) -> None:
     assert "there is no corpus at" in refused(tmp_path / "nothing")
     assert "there is no corpus at" in refused(tmp_path / "no" / "folder")
+    (tmp_path / "x.bin").write_bytes(bytes(6))
+    for name in ("x", "x.bin"):
+        assert "x.idx is not: raw tokens without an index? name it .u16 or .u32" in refused(tmp_path / name)
+    for name in ("text/", "*.rst"):
+        assert "folders of it: prepare it with data_prep/tokenize_text.py" in refused(f"{tmp_path}/{name}")
+    assert "several corpora are 'WEIGHT PREFIX" in refused("code data/b")
+    assert "several" not in refused(tmp_path / "text")
+
+
+def test_a_corpus_of_another_tokenizer_is_told_of(tmp_path: Path, tokenizer: Tokenizer, capfd) -> None:
+    """Which only a manifest says for certain."""
+    tokens = np.array(STREAM, np.uint16)
+    prefix = write_foreign(tmp_path / "f", [4, 2, 6, 1, 3], [0, 1, 2, 3, 4, 5], tokens)
+    other = write_foreign(tmp_path / "o", [4, 2, 6, 1, 3], [0, 1, 2, 3, 4, 5], np.where(tokens == EOS, 2, tokens))
+    (tmp_path / "r.u16").write_bytes(np.array(STREAM, np.uint16).tobytes())
+    (tmp_path / "s.u16").write_bytes(bytes(20))
+    unhashed = " has no manifest: not verified; megakrause data adopt gives it one"
+    ends = f"warning: no document of {other} ends with the tokenizer's separator 1; was it made with another tokenizer?"
+    first = f"warning: the first 10 tokens of {tmp_path}/s.u16 have not the tokenizer's separator 1; was it made with"
+    assert Corpus.open(prefix, tokenizer).notes(EOS) == [prefix + unhashed]
+    assert Corpus.open(other, tokenizer).notes(EOS) == [other + unhashed, ends]
+    assert Corpus.open(tmp_path / "r.u16", tokenizer).notes(EOS) == []
+    assert [note.partition(" another")[0] for note in Corpus.open(tmp_path / "s.u16", tokenizer).notes(EOS)] == [first]
+    windows = TokenWindows(Corpus.open(other, tokenizer), 4, eos=EOS, mask_documents=True)
+    mixed = MixedWindows([windows], Mixture([Share(((0, 1.0),))]), True)
+    assert [line.removeprefix("data: ") for line in mixed.describe(0, 1)][1:] == [other + unhashed, ends]
+    capfd.readouterr()
+    for name, said in ((prefix, None), (other, ends), (tmp_path / "r.u16", None), (tmp_path / "s.u16", first)):
+        verify_corpus(name, tokenizer)
+        warnings = [line for line in re.split("[\r\n]", capfd.readouterr().err) if "warning" in line]
+        assert len(warnings) == (said is not None) and all(line.startswith(str(said)) for line in warnings)
+    long = write_foreign(tmp_path / "l", [1] * 200, [*range(201)], np.array([3] * 150 + [1] * 50, np.uint16))
+    assert "separator 1, of the first 100; was" in Corpus.open(long, tokenizer).notes(EOS)[1]
+    adopt_corpus(other, tokenizer)
+    assert Corpus.open(other, tokenizer).notes(EOS) == []
+
+
+def test_a_corpus_elsewhere_is_not_adopted(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"^s3://b/x is a URL: adopt it [^\n]* then upload x.manifest.json$"):
+        adopt_corpus("s3://b/x", tokenizer)
 
 
 @pytest.mark.parametrize("with_manifest", [True, False])
@@ -520,7 +564,7 @@ def test_files_of_nothing_but_tokens(tmp_path: Path, tokenizer: Tokenizer) -> No
         assert document_starts(Corpus.open(tmp_path / name, None, dtype)) == [0]
     assert 'give dtype = "uint16" or "uint32"' in refused(tmp_path / "b.npy")
     cut(tmp_path / "a.u16", 31)
-    assert "31 bytes are no tokens of type uint16" in refused(tmp_path / "a.u16")
+    assert "31 bytes of tokens are not a multiple of 2 bytes: truncated?" in refused(tmp_path / "a.u16")
     np.save(tmp_path / "c.npy", np.ones((2, 2)))
     assert "an array of shape (2, 2)" in refused(tmp_path / "c.npy")
 

@@ -173,11 +173,11 @@ def test_a_truncated_stream_gives_what_came_before(suffix: str, cut: float, tmp_
     texts, [rejected] = entries(path)
     assert texts == noise[: len(texts)]
     assert kept / len(data) * len(lines) - len(jsonl(texts)) < 140_000  # a block of zstd and a bit
-    assert rejected == Rejected(str(path), None, f"Truncated compressed stream after line {len(texts)}")
+    assert rejected == Rejected(str(path), None, f"Truncated compressed stream after line {len(texts)}", damaged=True)
 
     document = tmp_path / f"b.txt{suffix}"  # not half a document
     document.write_bytes(data[:kept])
-    assert entries(document) == ([], [Rejected(str(document), None, "Truncated compressed stream")])
+    assert entries(document) == ([], [Rejected(str(document), None, "Truncated compressed stream", damaged=True)])
     texts, [rejected] = entries(document, SEPARATOR)
     assert not texts and rejected.reason == "Truncated compressed stream"
 
@@ -201,7 +201,7 @@ def test_bad_lines_are_listed_with_their_numbers(suffix: str, tmp_path: Path, mo
     monkeypatch.setattr(sources, "CHUNK", 300)
     bad = {
         3: (b"{", "Expecting property name"),
-        7: (b'{"other": 1}', "no object with a field 'text'"),
+        7: (b'{"other": 1}', "no object with a field 'text' but 'other'"),
         50: (b'{"text": null}', "field 'text' is no string but NoneType"),
         51: (b'{"text": "\xff"}', "can't decode byte 0xff"),
         99: (b'{"text": "\\udc00"}', "surrogates not allowed"),
@@ -292,7 +292,7 @@ def test_files_that_may_not_be_read(tmp_path: Path) -> None:
     finally:
         os.seteuid(user)
     assert [(item.source, item.line) for item in items] == [(source.path, None) for source in inputs]
-    assert all("Permission denied" in item.reason for item in items)
+    assert all("Permission denied" in item.reason and item.damaged for item in items)
 
 
 def test_datasets_that_cannot_be_read_say_so_in_one_line(tmp_path: Path) -> None:
@@ -350,16 +350,18 @@ def test_an_endless_line_needs_little_memory(suffix: str, size: int, tmp_path: P
     run = [sys.executable, "-c", LONG_LINE, str(path)]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     *items, grown = done.stdout.splitlines()
-    assert items[0] == "one" and items[1].endswith("longer than 1048576 bytes')") and items[2:] == ["three"]
+    assert items[0] == "one" and items[1].endswith("longer than 1048576 bytes)") and items[2:] == ["three"]
     assert int(grown) < 40  # MiB
 
 
 def test_an_input_knows_what_it_is() -> None:
     kinds = {path: (Input(path, 1, "").kind, Input(path, 1, "").compression) for path in (
-        "a.jsonl", "b/a.jsonl.gz", "a.parquet", "a.txt.zst", "a.weird", "a.gz", "hf:a/b.gz",
+        "a.jsonl", "b/a.jsonl.gz", "a.parquet", "a.txt.zst", "a.weird", "a.gz", "hf:a/b.gz", "a.json", "a.ndjson.zst",
+        "A.JSONL.GZ", "a.html",
     )}  # fmt: skip
     assert kinds == {
         "a.jsonl": ("lines", None), "b/a.jsonl.gz": ("lines", "gzip"), "a.parquet": ("table", None),
         "a.txt.zst": ("text", "zstd"), "a.weird": ("text", None), "a.gz": ("text", "gzip"),
-        "hf:a/b.gz": ("dataset", None),
+        "hf:a/b.gz": ("dataset", None), "a.json": ("lines", None), "a.ndjson.zst": ("lines", "zstd"),
+        "A.JSONL.GZ": ("lines", "gzip"), "a.html": ("text", None),
     }  # fmt: skip

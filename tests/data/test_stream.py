@@ -14,7 +14,9 @@ import pytest
 from megakrause.data import sources, stream
 from megakrause.data.encode import EncodeOptions
 from megakrause.data.inputs import find_inputs
+from megakrause.data.open import TEXT
 from megakrause.data.records import ReadOptions
+from megakrause.data.sources import read_texts
 from megakrause.data.stream import TextStream
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.windows import Rows
@@ -132,6 +134,20 @@ def test_bad_lines_are_told_and_too_many_refused(
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS) + b"{broken\n" * 2)
     with pytest.raises(UserError, match="2 of 62 documents of .* cannot be read; prepare a corpus of it"):
         read(make(f"{tmp_path}/a.jsonl", tokenizer), 0, 500)
+
+
+def test_what_is_taken_for_text() -> None:
+    for name in ("a.txt", "x/*.md", "a.py.gz", "*.jsonl.zst", "c4.json.gz", "a.ndjson", "a.parquet", "A.JSONL", "hf:a"):
+        assert TEXT.fullmatch(name), name
+    for name in ("hf://datasets/a/b/corpus", "data/train", "a.csv", "a.rst", "my_text/", "a.bin", "https://x/corpus"):
+        assert not TEXT.fullmatch(name), name
+
+
+def test_json_lines_by_any_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for name in ("a.jsonl", "a.json", "a.ndjson"):
+        (tmp_path / name).write_bytes(lines(TEXTS))
+        assert list(read_texts([f"{tmp_path}/{name}"])) == TEXTS
+        assert read(make(f"{tmp_path}/{name}", tokenizer), 0, 4)
 
 
 def test_no_text_at_all(tmp_path: Path, tokenizer: Tokenizer) -> None:

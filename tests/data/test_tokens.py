@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megakrause.batch import TokenBatch
 from megakrause.data import formats
-from megakrause.data.mixed import MixedWindows
+from megakrause.data.mixed import MixedWindows, describe_past
 from megakrause.data.mixture import Mixture, Share
 from megakrause.data.packing import Packing
 from megakrause.data.shards import Corpus
@@ -182,3 +182,20 @@ def test_a_mix_has_every_sample_of_every_source_in_its_order(write_corpus: Write
             assert torch.equal(getattr(batch, name)[owner == number], getattr(expected, name))
     assert mixed.past(40) == [{"start": 0, "mix": {corpora[0].fingerprint: 3, corpora[1].fingerprint: 1}}]
     assert [line.split(" from ")[0] for line in mixed.describe(0, 80)] == ["data:  75.0%", "data:  25.0%"]
+
+
+def test_a_source_is_added_after_some_steps(write_corpus: WriteCorpus) -> None:
+    corpora = [Corpus.open(write_corpus([[n * 100 + i, EOS] for i in range(30)], name=str(n))) for n in (1, 2)]
+    sources = [TokenWindows(c, 3, eos=EOS, mask_documents=True, seed=9) for c in corpora]
+    before = MixedWindows(sources[:1], Mixture([Share(((0, 1.0),))]), True)
+    after = MixedWindows(sources, Mixture([Share(((0, 1.0),)), Share(((0, 0.0), (12, 0.3)))]), True)
+    assert after.past(12) == before.past(12) != after.past(13)
+
+
+def test_contents_of_one_name_are_told_apart() -> None:
+    names = {"3fa2c1" + 26 * "0": "a", "4fa2c1" + 26 * "0": "a", 32 * "5": "b"}
+    first, second, other = names
+    past = [{"start": 0, "mix": {first: 3, other: 1}}]
+    assert describe_past(past, names) == "0.75 a (content 3fa2c1..) + 0.25 b from sequence 0 on"
+    assert describe_past([{"start": 0, "mix": {second: 1}}], names) == "1 a (content 4fa2c1..) from sequence 0 on"
+    assert describe_past(past, {first: "a", other: "b"}) == "0.75 a + 0.25 b from sequence 0 on"

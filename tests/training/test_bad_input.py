@@ -199,7 +199,8 @@ def test_no_usable_checkpoint_is_no_fresh_start(
 def test_two_runs_cannot_share_an_output(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = start(config, "train.steps=100000")
     wait_for(first, tmp_path / "run" / "metrics.jsonl")
-    assert f"another run is writing to {tmp_path}/run" in refuse(capsys, config)
+    line = refuse(capsys, config)
+    assert f"another run, process {first.pid} on " in line and f" is writing to {tmp_path}/run" in line
     first.kill()
     first.wait()
     assert main(["train", str(config)]) == 0
