@@ -12,6 +12,7 @@ goes on from the newest of a folder of checkpoints and saves at once, without a 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,3 +83,6 @@ def run(config_path: str, output: str, layout: str) -> None:
 if __name__ == "__main__":
     for each in sys.argv[3:]:
         run(sys.argv[1], sys.argv[2], each)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of so many process groups may abort while the interpreter takes them down

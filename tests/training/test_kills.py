@@ -77,7 +77,7 @@ class Trials:
             time.sleep(self.rng.uniform(0, self.seconds_of_step))
         victims = self.victims(self.rng, job)
         committed = self.place.steps()
-        self.in_saves += any(self.output.glob("checkpoints/step-*.tmp"))
+        saving = any(self.output.glob("checkpoints/step-*.tmp"))
         printed = job.kill(victims)
 
         newest, passed_over = newest_checkpoint(self.place)
@@ -85,6 +85,7 @@ class Trials:
         found = 0 if newest is None else newest.step
         assert found >= max(committed, default=0), printed
         if (last := last_step(self.output)) > before:
+            self.in_saves += saving
             # All saves before this step were begun, and ended, but that a thread may still have been at the last.
             begun = (last - 1) // self.every * self.every
             assert found >= begun - self.every * asynchronous, (found, last, printed)

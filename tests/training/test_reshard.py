@@ -34,6 +34,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # ranks, config keys
 MODEL = ["model.layers=4", "model.heads=8", "model.vocab_size=323", "train.global_batch=8", "log.tensorboard=false"]
 TIED = {"tied": "model.tie_embeddings=true", "untied": "model.tie_embeddings=false"}
 
+AT_ONCE = 32  # layouts in the same processes: each leaves gloo's threads behind, which wake a hundred times a second
+
 Pair = tuple[str, str, str]  # the layout that saved, the one that loads, the model
 
 
@@ -55,21 +57,22 @@ class Resaved:
 
     def _run(self, ranks: int) -> None:
         begun = {f"{s}-{m}": [*LAYOUTS[s][1], TIED[m]] for s, _, m in self.todo if LAYOUTS[s][0] == ranks}
-        runs = {name: [*keys, "train.steps=3"] for name, keys in begun.items() if name not in self.begun}
-        self.begun |= begun.keys()
-        here = [pair for pair in self.todo if LAYOUTS[pair[1]][0] == ranks and f"{pair[0]}-{pair[2]}" in self.begun]
+        runs = {name: keys for name, keys in begun.items() if name not in self.begun}
+        ready = self.begun | begun.keys()
+        here = [pair for pair in self.todo if LAYOUTS[pair[1]][0] == ranks and f"{pair[0]}-{pair[2]}" in ready]
         for source, target, model in here:
             resave = f"resave={self.folder}/{source}-{model}/checkpoints"
-            runs[f"{source}-{model}-to-{target}"] = [*LAYOUTS[target][1], TIED[model], "train.steps=3", resave]
-        if runs:
-            run(ranks, self.config, self.folder, *(f"{n}:{';'.join([*MODEL, *keys])}" for n, keys in runs.items()))
-        self.todo = [pair for pair in self.todo if pair not in here]
+            runs[f"{source}-{model}-to-{target}"] = [*LAYOUTS[target][1], TIED[model], resave]
+        layouts = [f"{name}:{';'.join([*MODEL, 'train.steps=3', *keys])}" for name, keys in runs.items()]
+        for start in range(0, len(layouts), AT_ONCE):
+            run(ranks, self.config, self.folder, *layouts[start : start + AT_ONCE])
+        self.begun, self.todo = ready, [pair for pair in self.todo if pair not in here]
 
     def _checkpoint(self, name: str) -> Checkpoint:
         return Checkpoint(self.folder / name / "checkpoints" / "step-3")
 
 
-NORMAL: list[Pair] = [
+NORMAL: list[Pair] = [  # without what takes 8 ranks
     ("one", "dp2-zero0", "untied"),
     ("dp2-zero3", "dp2-zero1", "untied"),
     ("dp2-zero3", "dp2-zero2", "tied"),
@@ -84,13 +87,6 @@ NORMAL: list[Pair] = [
     ("dp2-zero3", "cp2-dp2-zero2", "tied"),
     ("tp2-pp2", "one", "tied"),
 ]
-EIGHT: list[Pair] = [
-    ("tp2-pp2", "dp8-zero3", "untied"),
-    ("tp2-dp2-zero3", "dp8-zero3", "tied"),
-    ("tp2-pp2", "tp2-pp2-dp2-zero1", "tied"),
-    ("cp2-dp2-zero2", "tp2-pp2-dp2-zero1", "untied"),
-]
-NORMAL += EIGHT
 ALL: list[Pair] = list(itertools.product(LAYOUTS, LAYOUTS, TIED))
 
 
@@ -127,6 +123,7 @@ def test_what_is_loaded_is_what_was_saved(some_resaved: Resaved, pair: Pair) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # the first of them runs all
 @pytest.mark.parametrize("pair", ALL, ids=name_of)
 def test_every_layout_loads_what_every_other_saved(all_resaved: Resaved, pair: Pair) -> None:
     assert_same_checkpoint(*reversed(all_resaved.checkpoints(pair)))
