@@ -134,9 +134,9 @@ class _LocalFolder(StepFolder):
             filled += n
         return filled
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the very end there is no module `os`
         for descriptor in self._open.values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 class _LocalPlace(Place):

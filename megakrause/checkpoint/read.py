@@ -135,14 +135,22 @@ class Checkpoint:
         self._read_index()
         return [kind for other, kind in self._pieces if other == name]
 
-    def read(self, name: str, kind: str, offset: int, numel: int, box: Box | None = None) -> torch.Tensor:
+    def read(
+        self,
+        name: str,
+        kind: str,
+        offset: int,
+        numel: int,
+        box: Box | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Elements [offset, offset + numel) of the flattened box (None: the whole) of a parameter or moment, fp32
-        [numel]; only these are read, from whatever boxes the checkpoint holds.
+        [numel], in the memory of `out` if that is given; only these are read, from whatever boxes the checkpoint holds.
 
         Raises UserError when the checkpoint does not hold them all."""
         self._read_index()
         box = box or Box.whole(self._shapes.get(name, (numel,)))
-        result, filled = torch.empty(numel), 0
+        result, filled = torch.empty(numel) if out is None else out, 0
         for piece in self._pieces.get((name, kind), []):
             dim = box.dim if piece.box.dim is None else piece.box.dim
             if piece.box.shape != box.shape or box.dim not in (None, dim):

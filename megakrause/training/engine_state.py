@@ -36,7 +36,7 @@ from megakrause.models.init import whole_names, whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-Read = Callable[[str, str, int, int, Box], Tensor]
+Read = Callable[[str, str, int, int, Box, Tensor | None], Tensor]
 
 
 def fragments(engine: DeepSpeedEngine, owns: Callable[[Parameter], bool] = lambda _: True) -> Iterator[Fragment]:
@@ -88,7 +88,8 @@ def adam_step(engine: DeepSpeedEngine) -> int:
 def load_fragments(engine: DeepSpeedEngine, read: Read, step: int) -> None:
     """Fill weights, Adam's moments and its step count, so that training continues where they were taken.
 
-    `read(name, kind, offset, numel, box)` returns those elements of this rank's flattened box, 1-D and fp32. It is
+    `read(name, kind, offset, numel, box, out)` returns those elements of this rank's flattened box, 1-D and fp32; in
+    the memory of `out`, unless that is None. It is
     asked for what this rank holds and nothing else, so the state may come from any other layout. `step` is what
     `adam_step` said when the state was taken. The engine may be new or have trained; gradients it holds are not
     touched, so call it between steps. Collective over the data-parallel group.
@@ -104,7 +105,7 @@ def load_fragments(engine: DeepSpeedEngine, read: Read, step: int) -> None:
     for piece in _pieces(engine):
         if piece.trained:
             for kind in MOMENTS:
-                piece.of(adam.state[piece.home][kind]).copy_(_checked(read, piece, kind))
+                _fill(piece.of(adam.state[piece.home][kind]), read, piece, kind)
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def load_weights(engine: DeepSpeedEngine, read: Read) -> None:
             parameter.ds_secondary_tensor = None
 
     for piece in _pieces(engine):
-        piece.values.copy_(_checked(read, piece, "master"))
+        _fill(piece.values, read, piece, "master")
         if zero3:
             _internal(piece.parameter, "ds_tensor").data[: piece.numel].copy_(piece.values)
         elif piece.replicated:
@@ -235,12 +236,15 @@ def _fresh_state(adam: torch.optim.Adam, home: Tensor) -> dict[str, Tensor]:
     return {"step": step, **{kind: torch.zeros_like(home) for kind in MOMENTS}}
 
 
-def _checked(read: Read, piece: _Piece, kind: str) -> Tensor:
-    tensor = read(piece.name, kind, piece.offset, piece.numel, _box(piece.parameter))
+def _fill(target: Tensor, read: Read, piece: _Piece, kind: str) -> None:
+    """Reads a piece's elements to where they belong, at once if they can be there as they are."""
+    out = target if target.device.type == "cpu" and target.dtype == torch.float32 else None
+    tensor = read(piece.name, kind, piece.offset, piece.numel, _box(piece.parameter), out)
     if tensor.shape != (piece.numel,) or tensor.dtype != torch.float32:
         wanted = f"{piece.numel} elements of float32"
         raise ValueError(f"{piece.name} ({kind}): {wanted} wanted, {tuple(tensor.shape)} of {tensor.dtype} read")
-    return tensor
+    if tensor is not out:
+        target.copy_(tensor)
 
 
 def model_of(engine: DeepSpeedEngine) -> torch.nn.Module:

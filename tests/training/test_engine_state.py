@@ -115,7 +115,7 @@ def work(folder: Path, rank: int, world: int, port: int) -> None:
 
     def reader(what: str, saved_world: int, case: Case) -> Callable[..., Tensor]:
         whole = assemble(load(folder, what, saved_world, case))
-        return lambda name, kind, offset, numel, box: whole[name, kind][offset : offset + numel].clone()
+        return lambda name, kind, offset, numel, box, out: whole[name, kind][offset : offset + numel].clone()
 
     for case in CASES:
         engine = build(case, seed=1)
@@ -145,7 +145,7 @@ def work(folder: Path, rank: int, world: int, port: int) -> None:
         record("crossed", engine, case, [])
 
     with pytest.raises(ValueError) as refused:
-        load_weights(engine, lambda name, kind, offset, numel, box: torch.zeros(numel + 1))
+        load_weights(engine, lambda name, kind, offset, numel, box, out: torch.zeros(numel + 1))
     (folder / f"refused-world{world}-rank{rank}").write_text(str(refused.value))
     dist.destroy_process_group()
 
