@@ -45,6 +45,8 @@ from tests.checkpoint.states import (
     value,
 )
 
+pytestmark = pytest.mark.faults
+
 # ---- what is saved is read
 
 

@@ -28,6 +28,8 @@ from megakrause.errors import UserError
 from tests import disks
 from tests.disks import needs_root
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).parents[2]
 
 # The command, which saves at every group and takes small ones, so that there are many moments to stop it at.

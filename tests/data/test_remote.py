@@ -31,6 +31,8 @@ from tests import disks
 from tests.data.conftest import write_documents
 from tests.disks import needs_root
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(3)
 DOCUMENTS = [[*RNG.integers(2, 600, RNG.integers(0, 40)).tolist(), 1] for _ in range(60)]

@@ -24,6 +24,8 @@ from megakrause.data.writer import CorpusWriter
 from megakrause.errors import UserError
 from tests.data.conftest import EOS, WriteCorpus, write_documents
 
+pytestmark = pytest.mark.faults
+
 DOCUMENTS = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1], [1], [14, 15, 1]]
 STREAM = [token for document in DOCUMENTS for token in document]
 STARTS = [0, 4, 6, 12, 13]

@@ -23,6 +23,8 @@ import torch
 from tests.training.conftest import CONFIG
 from tests.training.runs import losses, rows, state, train
 
+pytestmark = pytest.mark.faults
+
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 EVERY = ("checkpoint.every=20", "checkpoint.keep=9")

@@ -19,6 +19,8 @@ from tests.disks import needs_root
 from tests.training.conftest import write_texts
 from tests.training.runs import start, state, wait_for
 
+pytestmark = pytest.mark.faults
+
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Runs `megakrause train`, which must fail with one line; returns it."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.faults
+
 # One training step of each kind that an engine can be asked for, in one process.
 ONE_STEP_EACH = """
 import torch

@@ -15,6 +15,8 @@ from megakrause.config import GuardConfig
 from megakrause.training.guard import Guard, Verdict
 from tests.training.runs import losses, rows, start_script, state, train
 
+pytestmark = pytest.mark.faults
+
 NAN = math.nan
 
 # The losses of one rank's training steps in BAD (counted over the process's life, from 1) are not finite.

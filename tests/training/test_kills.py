@@ -14,6 +14,8 @@ from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import newest_checkpoint
 from tests.training.test_resume import Job, assert_bitwise_same, last_step
 
+pytestmark = pytest.mark.faults
+
 STEPS_A_KILL = 12
 AHEAD = 6  # at most so many steps after the last kill: the run does not end before the last one
 

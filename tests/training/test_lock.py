@@ -18,6 +18,8 @@ from megakrause.training import lock
 from megakrause.training.lock import OutputLock
 from tests.disks import needs_root
 
+pytestmark = pytest.mark.faults
+
 ELSEWHERE = {"host": "elsewhere", "pid": 7}
 
 # A run on another host: its own host name, and an output that the kernel's locks do not reach.

@@ -13,6 +13,8 @@ from megakrause.checkpoint.read import Checkpoint
 from tests.training.runs import rows
 from tests.training.test_layouts import Yardstick, config_here, run
 
+pytestmark = pytest.mark.faults
+
 __all__ = ["config_here"]  # a fixture
 
 ZERO = [f"parallel.zero={stage}" for stage in range(4)]

@@ -19,6 +19,8 @@ import torch
 from tests.training.runs import kill_when, losses, rows, start, state, train
 from tests.training.test_layouts import config_here, run
 
+pytestmark = pytest.mark.faults
+
 __all__ = ["config_here"]  # a fixture
 
 LIMIT = 300  # seconds for whatever is waited for

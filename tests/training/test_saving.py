@@ -17,6 +17,8 @@ from tests import disks
 from tests.disks import needs_root
 from tests.training.runs import losses, rows, start_script, state, train
 
+pytestmark = pytest.mark.faults
+
 SLOW_STEPS = """
 from megakrause.training import engine
 real_step = engine.Engine.train_step

@@ -15,6 +15,8 @@ import torch
 from megakrause.checkpoint.read import Checkpoint
 from tests.training.runs import losses, rows, start_script, state, train
 
+pytestmark = pytest.mark.faults
+
 ENDLESS = ("train.steps=100000", "optim.schedule=constant")
 SAVED = 75  # exit status
 # On the ranks in SLOW, every file of a checkpoint takes so many seconds longer to reach the disk.

@@ -16,6 +16,8 @@ import pytest
 from megakrause.checkpoint.read import Checkpoint
 from tests.training.runs import rows
 
+pytestmark = pytest.mark.faults
+
 TIMEOUT = 8  # parallel.timeout of these runs
 
 
