@@ -129,10 +129,17 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     def to_hf(arguments: argparse.Namespace) -> None:
+        import torch
+
         from megakrause.hf.export import export
 
-        difference = export(arguments.checkpoint, arguments.out)
+        difference = export(arguments.checkpoint, arguments.out, getattr(torch, arguments.dtype))
         print(f"{arguments.out}: reloaded; largest logit difference {difference:.2e}")
+
+    def from_hf(arguments: argparse.Namespace) -> None:
+        from megakrause.hf.imports import import_folder
+
+        print(f"{arguments.out}: {import_folder(arguments.folder, arguments.out)}")
 
     converters = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(metavar="TO", required=True)
     parser = _command(
@@ -147,6 +154,18 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="folder to write; must not exist, or be an earlier export"
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+
+    parser = _command(
+        converters,
+        "from-hf",
+        "Write the weights of a Hugging Face folder (Llama, Qwen1.5, Qwen2, Qwen3, or an export) as a checkpoint.",
+        "  megakrause convert from-hf Llama-3.2-1B runs/llama\n"
+        "  then: megakrause generate runs/llama, or train.init_from=runs/llama (or =Llama-3.2-1B, without this)",
+        from_hf,
+    )
+    parser.add_argument("folder", metavar="HF_FOLDER", help="with config.json and safetensors; code in it is never run")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be new or empty")
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:

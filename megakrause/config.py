@@ -28,6 +28,16 @@ class Section(BaseModel):
 AttentionKind = Literal["krause", "softmax", "softmax_window"]
 
 
+class RopeScaling(Section):
+    """How rotary positions are stretched (ops/rotary.py)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    original_positions: int = Field(default=8192, gt=0, description="length that the model was trained on at first")
+
+
 class ModelConfig(Section):
     """A decoder language model of the Llama kind; each layer's attention is Krause, softmax or windowed softmax."""
 
@@ -47,8 +57,12 @@ class ModelConfig(Section):
     top_k: int | None = Field(default=None, gt=0, description="keys kept per Krause query; left out: the whole window")
     sigma: float = Field(default=2.5, gt=0, description="initial width of the RBF kernel of every head")
     qkv_bias: bool = False
+    qk_norm: bool = Field(
+        default=False, description="normalize every head's queries and keys before rotation, as Qwen3"
+    )
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
     max_positions: int | None = Field(default=None, gt=0, description="size of the table of learned positions")
     norm_eps: float = Field(default=1e-5, gt=0)
     tie_embeddings: bool = False
@@ -245,7 +259,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations on data.valid; 0: only at the end")
     eval_sequences: int = Field(default=0, ge=0, description="of data.valid that are evaluated; 0: all")
-    init_from: str | None = Field(default=None, description="checkpoint whose weights (alone) the run starts from")
+    init_from: str | None = Field(
+        default=None, description="checkpoint or Hugging Face folder whose weights (alone) the run starts from"
+    )
     time_limit: float | None = Field(
         default=None, gt=0, description="minutes after which the run saves and ends, to be started again"
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,10 @@ import xxhash
 
 from megakrause.errors import UserError, explain_os_error
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+DTYPES = {
+    **{torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.int64: "I64", torch.uint8: "U8"},
+}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 CHUNK = 2**23  # bytes that are hashed, written or read at a time
 LONGEST_HEADER = 10**8  # bytes, as in the safetensors library
@@ -81,8 +84,11 @@ def write_bytes(folder: Path, name: str, chunks: Iterator[bytes | memoryview]) -
     return record
 
 
-def tensor_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The content of a safetensors file, one tensor at a time, so that no second copy of all is ever held."""
+def tensor_chunks(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], load: Callable[[str], torch.Tensor] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The content of a safetensors file, one tensor at a time, so that no second copy of all is ever held. load: gives
+    the content of a tensor that is on the meta device, by its key."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for key, tensor in tensors.items():
@@ -92,7 +98,9 @@ def tensor_chunks(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
+    for key, tensor in tensors.items():
+        if tensor.is_meta and load is not None:
+            tensor = load(key)
         if tensor.numel():
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
@@ -144,15 +152,20 @@ class TensorFile:
         return result.view(shape)
 
     def read_into(self, key: str, start: int, result: torch.Tensor) -> None:
-        """Fills a contiguous 1-D tensor of the same dtype from element `start` of a flattened tensor on. Raises
-        UserError when there are not so many."""
+        """Fills a contiguous 1-D tensor, of the same dtype or of a floating-point one that holds its values exactly,
+        from element `start` of a flattened tensor on. Raises UserError when there are not so many."""
         dtype, shape, offset = self._tensors[key]
-        if dtype != result.dtype or start + len(result) > math.prod(shape):
+        widens = dtype.is_floating_point and torch.promote_types(dtype, result.dtype) == result.dtype
+        if not (dtype == result.dtype or widens) or start + len(result) > math.prod(shape):
             raise UserError(
                 f"{self._folder.path}/{self._name}: {key} is {tuple(shape)} of {dtype}; elements {start} to "
                 f"{start + len(result)} of {result.dtype} are not in it"
             )
-        if len(result):
+        if dtype != result.dtype:
+            stored = torch.empty(len(result), dtype=dtype)
+            self.read_into(key, start, stored)
+            result.copy_(stored)
+        elif len(result):
             content: Any = result.view(torch.uint8).numpy()
             self._fill(offset + start * dtype.itemsize, memoryview(content))
 

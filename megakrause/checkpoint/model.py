@@ -7,6 +7,7 @@ import tomllib
 import torch
 
 from megakrause.checkpoint.read import Checkpoint
+from megakrause.checkpoint.weights import Weights
 from megakrause.config import ModelConfig, RunConfig, parse_config
 from megakrause.data.huggingface_tokenizer import TOKENIZER
 from megakrause.data.tokenizer import MODEL, Tokenizer
@@ -43,10 +44,10 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> La
     return model.to(device).eval()
 
 
-def check_shapes(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raises UserError when the checkpoint is of another model."""
+def check_shapes(weights: Weights, config: ModelConfig) -> None:
+    """Raises UserError when they are of another model."""
     expected = whole_shapes(config)
-    for name in [*expected, *checkpoint.shapes]:
-        here, there = expected.get(name, "not there"), checkpoint.shapes.get(name, "not there")
+    for name in [*expected, *weights.shapes]:
+        here, there = expected.get(name, "not there"), weights.shapes.get(name, "not there")
         if here != there:
-            raise UserError(f"{checkpoint.path} is of another model: {name} is {there} in it and {here} in this one")
+            raise UserError(f"{weights.path} is of another model: {name} is {there} in it and {here} in this one")

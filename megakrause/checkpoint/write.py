@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Snapshot:
     rng: Mapping[str, torch.Tensor]  # this rank's generator states, uint8
     state: Mapping[str, Any]  # plain values that are the same on every rank
     files: Mapping[str, bytes]  # more of what exists once, by name
+    load: Callable[[Fragment], torch.Tensor] | None = None  # the content of fragments that are on the meta device
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,7 @@ def save_checkpoint(place: Place, snapshot: Snapshot, axis: Axis, retention: Ret
 
     def write() -> list[FileRecord]:
         fragments = list(snapshot.fragments)
-        records = [
-            place.write(step, f"rank-{axis.rank:05d}.safetensors", lambda: _rank_chunks(fragments, snapshot.rng))
-        ]
+        records = [place.write(step, f"rank-{axis.rank:05d}.safetensors", lambda: _rank_chunks(fragments, snapshot))]
         if is_main:
             text = json.dumps({"format": FORMAT, "step": step, **snapshot.state}, indent=1).encode()
             for name, content in {"state.json": text, **snapshot.files}.items():
@@ -81,17 +80,20 @@ def save_checkpoint(place: Place, snapshot: Snapshot, axis: Axis, retention: Ret
     axis.together(lambda: _remove_outdated(place, step, retention) if is_main else None)
 
 
-def _rank_chunks(fragments: list[Fragment], rng: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    tensors = {f"rng/{key}": value for key, value in rng.items()}
-    index = []
+def _rank_chunks(fragments: list[Fragment], snapshot: Snapshot) -> Iterator[bytes | memoryview]:
+    tensors = {f"rng/{key}": value for key, value in snapshot.rng.items()}
+    index, by_key = [], {}
     for f in fragments:
         key = f"{f.kind}/{f.name}@{f.offset}"
-        tensors[key] = f.tensor
+        tensors[key], by_key[key] = f.tensor, f
         index.append(
             {"key": key, "name": f.name, "kind": f.kind, "shape": f.shape, "start": f.start, "box": f.box}
             | {"offset": f.offset, "numel": f.tensor.numel()}
         )
-    return tensor_chunks(tensors, {"fragments": json.dumps(index)})
+    load = snapshot.load
+    return tensor_chunks(
+        tensors, {"fragments": json.dumps(index)}, None if load is None else lambda key: load(by_key[key])
+    )
 
 
 def _remove_outdated(place: Place, newest: int, retention: Retention) -> None:

@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megakrause.checkpoint.files import flush_folder, tensor_chunks, write_bytes
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
@@ -40,8 +47,8 @@ SHARD_SIZE = 5 * 10**9  # bytes
 LONGEST = 2**17
 
 
-def export(checkpoint: str, out: Path) -> float:
-    """Writes OUT, reloads it with transformers and compares the logits with our own model's.
+def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32) -> float:
+    """Writes OUT with weights of a dtype, reloads it with transformers and compares the logits with our own model's.
 
     Returns the largest absolute difference. OUT appears by a rename, whole and compared; an earlier export is moved
     out of its way just before. Raises UserError when OUT is anything else, when there is no sound checkpoint, when its
@@ -54,8 +61,8 @@ def export(checkpoint: str, out: Path) -> float:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         folder.mkdir()
-        _write(source, folder)
-        difference = _compare(source, folder)
+        _write(source, folder, dtype)
+        difference = _compare(source, folder, dtype)
         marker = {"format": 1, "step": source.step, "max_logit_difference": difference}
         (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         flush_folder(folder)
@@ -66,16 +73,18 @@ def export(checkpoint: str, out: Path) -> float:
     return difference
 
 
-def _write(source: Checkpoint, folder: Path) -> None:
+def _write(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     config = stored_config(source)
     limit = max_length(config)
-    special_ids = write_tokenizer(stored_tokenizer(source), folder, limit)
-    theirs = hf_config(config.model, limit, special_ids)
+    special_ids: dict[str, int] = {}
+    if source.state["tokenizer"]:  # an imported model may have none
+        special_ids = write_tokenizer(stored_tokenizer(source), folder, limit)
+    theirs = hf_config(config.model, limit, special_ids, dtype)
     theirs.save_pretrained(folder)
     GenerationConfig(do_sample=False, **special_ids).save_pretrained(folder)
     if isinstance(theirs, MegakrauseConfig):
         shutil.copyfile(modeling_megakrause.__file__, folder / f"{MODELING}.py")
-    _write_weights(source, folder)
+    _write_weights(source, folder, dtype)
 
 
 def max_length(config: RunConfig) -> int:
@@ -86,8 +95,10 @@ def max_length(config: RunConfig) -> int:
     return config.train.seq_len if "softmax" in config.model.attention_of_layers else LONGEST
 
 
-def hf_config(model: ModelConfig, max_length: int, special_ids: dict[str, int]) -> PretrainedConfig:
-    """The config of the transformers model that computes the same: Llama or Qwen2 where they can, else our own.
+def hf_config(
+    model: ModelConfig, max_length: int, special_ids: dict[str, int], dtype: torch.dtype = torch.float32
+) -> PretrainedConfig:
+    """The config of the transformers model that computes the same: Llama, Qwen2 or Qwen3 where they can, else our own.
 
     Biases make it a Qwen2, which has them where qkv_bias has them; Llama's attention_bias adds one to the output
     projection. special_ids: bos_token_id and so on."""
@@ -103,14 +114,18 @@ def hf_config(model: ModelConfig, max_length: int, special_ids: dict[str, int]) 
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
     plain = model.positions == "rope" and set(model.attention_of_layers) == {"softmax"}
-    if plain and model.width % model.heads == 0:  # which Llama insists on, whatever head_dim is
-        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-        if model.qkv_bias:
+    rope = {"rope_type": "default", "rope_theta": model.rope_theta} | _stretched(model)
+    even = model.width % model.heads == 0  # which Llama and Qwen2 insist on, whatever head_dim is
+    match plain, model.qkv_bias, model.qk_norm:
+        case True, False, False if even:
+            return LlamaConfig(**common, rope_parameters=rope, architectures=["LlamaForCausalLM"])
+        case True, True, False if even:
             return Qwen2Config(**common, rope_parameters=rope, architectures=["Qwen2ForCausalLM"])
-        return LlamaConfig(**common, rope_parameters=rope, architectures=["LlamaForCausalLM"])
+        case True, False, True:
+            return Qwen3Config(**common, rope_parameters=rope, architectures=["Qwen3ForCausalLM"])
     return MegakrauseConfig(
         **common,
         attention=model.attention_of_layers,
@@ -118,6 +133,8 @@ def hf_config(model: ModelConfig, max_length: int, special_ids: dict[str, int]) 
         krause_top_k=model.top_k,
         krause_sigma=model.sigma,
         qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
+        position_scaling=None if model.rope_scaling is None else model.rope_scaling.model_dump(),
         learned_positions=model.positions == "learned",
         rope_theta=model.rope_theta,
         architectures=["MegakrauseForCausalLM"],
@@ -128,15 +145,27 @@ def hf_config(model: ModelConfig, max_length: int, special_ids: dict[str, int]) 
     )
 
 
-def _write_weights(source: Checkpoint, folder: Path) -> None:
-    """float32, one shard in memory at a time. A tied output projection is not stored: the config says it is tied."""
-    sizes = {name: 4 * math.prod(shape) for name, shape in source.shapes.items()}
+def _stretched(model: ModelConfig) -> dict[str, Any]:
+    """How positions are stretched, in transformers' words."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    words: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        words |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        words |= {"original_max_position_embeddings": scaling.original_positions}
+    return words
+
+
+def _write_weights(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+    """One shard in memory at a time. A tied output projection is not stored: the config says it is tied."""
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in source.shapes.items()}
     shards = _shards(sizes)
     files: dict[str, str] = {}
     with tqdm(total=sum(sizes.values()), desc="writing", unit="B", unit_scale=True) as progress:
         for i, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {to_hf(name): source.weights(name) for name in names}
+            tensors = {to_hf(name): source.weights(name).to(dtype) for name in names}
             write_bytes(folder, file, tensor_chunks(tensors, {"format": "pt"}))
             files |= {to_hf(name): file for name in names}
             progress.update(sum(sizes[name] for name in names))
@@ -159,7 +188,7 @@ def _shards(sizes: dict[str, int]) -> list[list[str]]:
 
 
 @torch.no_grad()
-def _compare(source: Checkpoint, folder: Path) -> float:
+def _compare(source: Checkpoint, folder: Path, dtype: torch.dtype) -> float:
     """The largest absolute difference of logits, on random tokens that reach beyond two windows.
 
     In float64: the choice of the top_k keys is discontinuous, and where two keys are as near as float32 can tell, the
@@ -167,6 +196,8 @@ def _compare(source: Checkpoint, folder: Path) -> float:
     than the largest logit's last bit in float32. Llama and Qwen2 take norms in float32 and round the frequencies of
     rotation otherwise: they may differ by 4 times what that does to our own model."""
     model = load_model(source)
+    for param in model.parameters():
+        param.copy_(param.to(dtype))
     config = model.config
     length = max(64, 2 * (config.window or 0) + 2)
     if config.positions == "learned":
@@ -180,7 +211,7 @@ def _compare(source: Checkpoint, folder: Path) -> float:
     del model
     reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
     difference = float((reloaded(tokens).logits - expected).abs().max())
-    if isinstance(reloaded.config, LlamaConfig | Qwen2Config):
+    if isinstance(reloaded.config, LlamaConfig | Qwen2Config | Qwen3Config):
         tolerance = 4 * float((rounded - expected).abs().max())
     else:
         tolerance = eps * float(expected.abs().max())

@@ -32,8 +32,9 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 class MegakrauseConfig(PretrainedConfig):
     """attention: "krause" or "softmax" for each layer. krause_sigma: initial width of the kernel of every head (`top_k`
-    alone would be taken for generate()'s). learned_positions: a table of max_position_embeddings positions in place of
-    rotary ones."""
+    alone would be taken for generate()'s). qk_norm: heads' queries and keys are normalized before rotation.
+    position_scaling: of rotary positions, Llama 3.1's or linear. learned_positions: a table of max_position_embeddings
+    positions in place of rotary ones."""
 
     model_type = "megakrause"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
@@ -53,8 +54,10 @@ class MegakrauseConfig(PretrainedConfig):
         krause_top_k: int | None = None,
         krause_sigma: float = 2.5,
         qkv_bias: bool = False,
+        qk_norm: bool = False,
         learned_positions: bool = False,
         rope_theta: float = 10000.0,
+        position_scaling: dict[str, Any] | None = None,
         max_position_embeddings: int = 2048,
         rms_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
@@ -74,8 +77,10 @@ class MegakrauseConfig(PretrainedConfig):
         self.krause_top_k = krause_top_k
         self.krause_sigma = krause_sigma
         self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.learned_positions = learned_positions
         self.rope_theta = rope_theta
+        self.position_scaling = position_scaling
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
@@ -146,10 +151,20 @@ def visible(queries: Tensor, keys: Tensor, window: int, segments: Tensor | None)
     return seen[:, None, None]
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: dict[str, Any] | None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [b, 1, s, d], of positions [b, s]."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None, :, None].float() * theta**-exponents
+    frequencies = theta**-exponents
+    if scaling is not None:
+        slow, kept = frequencies / scaling["factor"], torch.zeros_like(frequencies)
+        if scaling["kind"] == "llama3":  # short waves stay as they are
+            waves = frequencies * (scaling["original_positions"] / (2 * math.pi))
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            kept = ((waves - low) / (high - low)).clamp(0, 1)
+        frequencies = torch.lerp(slow, frequencies, kept)
+    angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -181,6 +196,9 @@ class MegakrauseAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (MegakrauseRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         self.log_sigma: nn.Parameter | None = None
         if config.attention[layer] == "krause":
             self.log_sigma = nn.Parameter(torch.full((config.num_attention_heads,), math.log(config.krause_sigma)))
@@ -190,6 +208,8 @@ class MegakrauseAttention(nn.Module):
     ) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)  # b h s d
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None:
@@ -307,7 +327,8 @@ class MegakrauseModel(MegakrausePreTrainedModel):
 
         rotary = None
         if self.embed_positions is None:
-            rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+            config = self.config
+            rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, config.position_scaling)
         else:
             x = x + self.embed_positions(position_ids)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

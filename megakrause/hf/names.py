@@ -23,6 +23,8 @@ _INNER = {
     "attention.value.weight": "self_attn.v_proj.weight",
     "attention.value.bias": "self_attn.v_proj.bias",
     "attention.output.weight": "self_attn.o_proj.weight",
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
     "attention.core.log_sigma": "self_attn.log_sigma",
     "mlp_norm.weight": "post_attention_layernorm.weight",
     "mlp.gate.weight": "mlp.gate_proj.weight",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megakrause.config import ModelConfig
 from megakrause.models.init import constant, normal
 from megakrause.models.layout import Layout
+from megakrause.models.norm import HeadNorm
 from megakrause.ops.krause import krause_attention
 from megakrause.ops.krause_decode import KeyRing, krause_decode
 from megakrause.ops.rotary import apply_rotary
@@ -183,6 +184,9 @@ class SelfAttention(nn.Module):
         self.query = marked(ColumnParallelLinear(width, config.heads * d, axis, bias=config.qkv_bias), config.init_std)
         self.key, self.value = (marked(self._key_value(config, axis), config.init_std) for _ in range(2))
         self.output = marked(RowParallelLinear(config.heads * d, width, axis), config.deep_init_std)
+        self.query_norm, self.key_norm = (
+            HeadNorm(d, config.norm_eps, axis) if config.qk_norm else None for _ in range(2)
+        )
 
     @staticmethod
     def _key_value(config: ModelConfig, axis: Axis) -> ColumnParallelLinear | PartOfWholeLinear:
@@ -195,6 +199,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
         x = self.tp.enter(x, sequence.length)
         q, k, v = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.query, self.key, self.value))  # b s h d
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if sequence.rotary is not None:
             q, k = apply_rotary(q, *sequence.rotary), apply_rotary(k, *sequence.rotary)
         return self.tp.leave(self.output(self.core(q, k, v, sequence, cache).flatten(-2)))  # b s e

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakrause.config import ModelConfig
 from megakrause.models.attention import Cache, SelfAttention, Sequence, marked
-from megakrause.models.init import constant
 from megakrause.models.layout import Layout
-from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalization (Zhang & Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float, tp: TensorParallel):
-        super().__init__()
-        self.weight = constant(nn.Parameter(torch.empty(width)), 1.0)
-        self.eps, self.tp = eps, tp
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.tp.whole(self.weight), self.eps)
+from megakrause.models.norm import RMSNorm
+from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class SwiGLU(nn.Module):

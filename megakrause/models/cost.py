@@ -90,7 +90,11 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
     with FakeTensorMode(), _default_dtype(dtype):
         positions = torch.arange(cp.rank * length, (cp.rank + 1) * length)
         documents = torch.zeros(1, config.train.seq_len, dtype=torch.int32) if config.data.mask_documents else None
-        rotary = rotary_angles(positions, model.head_size, model.rope_theta) if model.positions == "rope" else None
+        rotary = (
+            rotary_angles(positions, model.head_size, model.rope_theta, model.rope_scaling)
+            if model.positions == "rope"
+            else None
+        )
         sequence = Sequence(cp.rank * length, length, rotary, documents)
         share = len(tp.share(length)) if parallel.sequence_parallel else length
         stream = torch.zeros(1, share, model.width, requires_grad=True)

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
 from megakrause.models.attention import Cache, Sequence, marked
-from megakrause.models.block import Block, RMSNorm
+from megakrause.models.block import Block
 from megakrause.models.init import normal
 from megakrause.models.layout import Layout
+from megakrause.models.norm import RMSNorm
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import ColumnParallelLinear, TensorParallel
 from megakrause.parallel.vocab import VocabParallelEmbedding
@@ -98,7 +99,7 @@ class LanguageModel(nn.Module):
         positions = torch.arange(start, start + s, device=x.device)
         rotary = None
         if self.config.positions == "rope":
-            rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
+            rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta, self.config.rope_scaling)
         elif doc_start is not None:  # a document's own, as if it stood alone
             positions = positions - doc_start[:, start : start + s]
         sequence = Sequence(start, s, rotary, doc_start)

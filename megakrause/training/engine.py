@@ -15,6 +15,7 @@ from torch import Tensor
 from megakrause.batch import TokenBatch
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.read import Checkpoint
+from megakrause.checkpoint.weights import Weights
 from megakrause.config import RunConfig
 from megakrause.models.build import count_parameters
 from megakrause.models.cost import LIVE_PARAMETERS, REDUCE_BUCKET
@@ -184,12 +185,13 @@ class Engine:
         """How many updates the optimizer has made."""
         return self._state.adam_step(self._engine)
 
-    def load(self, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
-        """Takes weights, and optimizer state unless `weights_only`, from a checkpoint of any layout."""
-        if weights_only:
-            self._state.load_weights(self._engine, checkpoint.read)
-        else:
-            self._state.load_fragments(self._engine, checkpoint.read, checkpoint.state["optimizer_steps"])
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes weights and optimizer state from a checkpoint of any layout."""
+        self._state.load_fragments(self._engine, checkpoint.read, checkpoint.state["optimizer_steps"])
+
+    def load_weights(self, weights: Weights) -> None:
+        """Takes weights alone."""
+        self._state.load_weights(self._engine, weights.read)
 
 
 def _for_pipeline(batch: TokenBatch) -> tuple[Any, tuple[Tensor, Tensor]]:

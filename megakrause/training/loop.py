@@ -19,7 +19,7 @@ from megakrause.batch import TokenBatch
 from megakrause.checkpoint.files import write_bytes
 from megakrause.checkpoint.model import check_shapes
 from megakrause.checkpoint.place import Place
-from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
+from megakrause.checkpoint.read import Checkpoint, newest_checkpoint
 from megakrause.checkpoint.saver import Saver
 from megakrause.checkpoint.write import Retention, Snapshot
 from megakrause.config import RunConfig
@@ -28,6 +28,7 @@ from megakrause.data.mixed import MixedWindows
 from megakrause.data.open import Batches, eval_windows, train_samples
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import Stopped, UserError
+from megakrause.hf.weights import find_weights
 from megakrause.models.build import build_model, flops_per_token, whole_shapes
 from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh
@@ -77,7 +78,7 @@ class Trainer:
         self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
-            start = find_checkpoint(config.train.init_from, mesh.world)
+            start = find_weights(config.train.init_from, mesh.world)
             check_shapes(start, config.model)
         # 2. The output folder, which is this run's alone from now on.
         self.locks = mesh.world.together(lambda: self._prepare_output() if mesh.is_main else [])
@@ -94,7 +95,7 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         elif start is not None:
-            self.engine.load(start, weights_only=True)
+            self.engine.load_weights(start)
 
     def run(self) -> None:
         config, mesh = self.config, self.mesh

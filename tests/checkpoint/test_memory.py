@@ -128,7 +128,7 @@ def save_as_ranks(root: Path, ranks: int) -> None:
     place.begin(1)
     for rank in range(ranks):
         parts = fragments(rank, ranks)
-        chunks = lambda parts=parts: _rank_chunks(parts, {})  # noqa: E731
+        chunks = lambda parts=parts: _rank_chunks(parts, Snapshot(1, parts, {}, {}, {}))  # noqa: E731
         records.append(place.write(1, f"rank-{rank:05d}.safetensors", chunks))
     for name, content in {"state.json": b'{"step": 1}', **FILES}.items():
         records.append(place.write(1, name, lambda content=content: iter([content])))  # type: ignore[misc]

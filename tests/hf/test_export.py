@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.model import load_model
+from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import find_checkpoint
-from megakrause.checkpoint.write import save_checkpoint
+from megakrause.checkpoint.write import Retention, Snapshot, save_checkpoint
 from megakrause.config import parse_config
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
 from megakrause.errors import UserError
@@ -74,8 +75,11 @@ def make(tmp_path: Path, tokenizer: Tokenizer) -> Make:
             shape, tensor = tuple(p.shape), p.detach() + 0.3 * torch.randn(p.shape, generator=generator)
             fragments.append(Fragment(name, "master", shape, (0,) * len(shape), shape, 0, tensor.flatten()))
         files = {"config.toml": config.to_toml().encode(), "tokenizer.model": Path(tokenizer.path).read_bytes()}
-        root, step = tmp_path / "run" / "checkpoints", next(steps)
-        return save_checkpoint(root, step, axis=ALONE, fragments=fragments, rng={}, state={}, files=files, keep=1)
+        place, step = Place.of(tmp_path / "run" / "checkpoints"), next(steps)
+        place.clean()
+        state = {"tokenizer": tokenizer.fingerprint}
+        save_checkpoint(place, Snapshot(step, fragments, {}, state, files), ALONE, Retention(1))
+        return tmp_path / "run" / "checkpoints" / f"step-{step}"
 
     return make
 
@@ -271,5 +275,5 @@ def test_names_go_both_ways(make: Make) -> None:
     for name in ("blocks.0.mlp.gate", "blocks.x.mlp.gate.weight", "model.norm.weight", ""):
         with pytest.raises(UserError, match="has no counterpart"):
             to_hf(name)
-    with pytest.raises(UserError, match="model.layers.0.self_attn.q_norm.weight has no counterpart"):
+    with pytest.raises(UserError, match="model.layers.0.self_attn.z_norm.weight has no counterpart"):
         from_hf("model.layers.0.self_attn.q_norm.weight")

@@ -76,7 +76,7 @@ def run(config_path: str, output: str, layout: str) -> None:
             dtype = torch.bfloat16 if trainer.config.train.precision == "bf16" else torch.float32
             masters = (f for f in trainer.engine.fragments() if f.kind == "master")
             weights = {f.name: f.tensor.view(f.shape).to(dtype, copy=True) for f in masters}
-            trainer.engine.load(Moved(weights, move), weights_only=True)  # type: ignore[arg-type]
+            trainer.engine.load_weights(Moved(weights, move))  # type: ignore[arg-type]
             trainer.run()
 
 

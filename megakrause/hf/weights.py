@@ -1,0 +1,83 @@
+"""The weights of a Hugging Face folder: safetensors, of which each rank reads the ranges that it needs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from megakrause.checkpoint.files import TensorFile
+from megakrause.checkpoint.fragment import Box
+from megakrause.checkpoint.place import step_folder
+from megakrause.checkpoint.read import find_checkpoint
+from megakrause.checkpoint.weights import Piece, Weights
+from megakrause.errors import UserError
+from megakrause.hf.config import read_config
+from megakrause.hf.names import from_hf
+from megakrause.parallel.mesh import ALONE, Axis
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LEFT_OUT = re.compile(r".*\.rotary_emb\.inv_freq")  # that a config says, too
+
+
+class HuggingFaceWeights(Weights):
+    """Opening reads the index and the headers of the files."""
+
+    def __init__(self, folder: str | Path, tied: bool):
+        """tied: the output projection is the embedding, whatever the files hold of it. Raises UserError."""
+        self.path = str(folder)
+        self._folder = step_folder(folder)
+        self._files: dict[str, TensorFile] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, Piece] = {}
+        for file in self._names():
+            opened = self.file(file)
+            for key in opened:
+                if LEFT_OUT.fullmatch(key) or tied and key == "lm_head.weight":
+                    continue
+                name, shape = from_hf(key), opened.shape(key)
+                self._shapes[name] = shape
+                box = Box.whole(shape)
+                self._pieces[name] = Piece(box, 0, math.prod(shape), file, key)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def pieces(self, name: str, kind: str) -> list[Piece]:
+        return [self._pieces[name]] if kind == "master" and name in self._pieces else []
+
+    def file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            try:
+                self._files[name] = TensorFile(self._folder, name)
+            except OSError as error:
+                raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
+        return self._files[name]
+
+    def _names(self) -> list[str]:
+        """The files, every one of which the index says to hold something."""
+        if self._folder.exists(INDEX):
+            try:
+                index: dict[str, Any] = json.loads(self._folder.read(INDEX))
+                names = sorted(set(index["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{self.path}/{INDEX} is not readable: {error}") from error
+            if odd := [name for name in names if Path(name).name != name]:
+                raise UserError(f"{self.path}/{INDEX} names {odd[0]!r}, which is no file of this folder")
+            return names
+        if not self._folder.exists(SINGLE):
+            pickles = self._folder.exists("pytorch_model.bin") or self._folder.exists("pytorch_model.bin.index.json")
+            why = "its .bin files are pickles, which may run code: save it again with safetensors" if pickles else ""
+            raise UserError(f"{self.path} has neither {SINGLE} nor {INDEX}{'; ' * bool(why)}{why}")
+        return [SINGLE]
+
+
+def find_weights(path: str, axis: Axis = ALONE) -> Weights:
+    """The weights of a Hugging Face folder, or of what `find_checkpoint` finds. Raises UserError."""
+    if (Path(path) / "config.json").is_file():
+        model, _ = read_config(path)
+        return HuggingFaceWeights(path, model.tie_embeddings)
+    return find_checkpoint(path, axis)
