@@ -276,4 +276,4 @@ def test_names_go_both_ways(make: Make) -> None:
         with pytest.raises(UserError, match="has no counterpart"):
             to_hf(name)
     with pytest.raises(UserError, match="model.layers.0.self_attn.z_norm.weight has no counterpart"):
-        from_hf("model.layers.0.self_attn.q_norm.weight")
+        from_hf("model.layers.0.self_attn.z_norm.weight")
