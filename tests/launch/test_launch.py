@@ -342,7 +342,7 @@ def test_ranks_lost_again_and_again_are_not_a_refusal(
     ("script", "number"),
     [
         ("torchrun.sh", signal.SIGTERM),
-        ("deepspeed.sh", signal.SIGINT),
+        pytest.param("deepspeed.sh", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("torchrun.sh", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("deepspeed.sh", signal.SIGTERM, marks=pytest.mark.slow),
     ],
@@ -361,6 +361,7 @@ def test_signal_saves_and_ends_everything(
     assert saved.name == f"step-{len(rows(output))}" and f"saved at step {len(rows(output))} of 1000000" in job.printed
 
 
+@pytest.mark.slow
 def test_run_whose_time_is_over_saves_and_is_not_started_again(launch: Launcher, config: Path, tmp_path: Path) -> None:
     job = launch("torchrun.sh", config, f"train.steps={10**6}", "train.time_limit=0.1")
     assert job.status() == 75, job.printed

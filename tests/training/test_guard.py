@@ -97,7 +97,7 @@ def test_there_are_no_spikes_unless_asked_for_or_before_there_is_a_mean() -> Non
         pytest.param(["parallel.zero=3"], 2, marks=pytest.mark.slow),
         pytest.param(["parallel.tp=2"], 2, marks=pytest.mark.slow),
         pytest.param(["parallel.pp=2", "parallel.zero=1"], 2, marks=pytest.mark.slow),
-        (["parallel.zero=0"], 1),
+        pytest.param(["parallel.zero=0"], 1, marks=pytest.mark.slow),
     ],
 )
 def test_nan_on_one_rank_is_skipped_by_all(config: Path, tmp_path: Path, overrides: list[str], ranks: int) -> None:
@@ -141,6 +141,7 @@ def test_a_fault_that_stays_ends_the_run_and_the_checkpoint_is_good(config: Path
     assert all(tensor.isfinite().all() for tensor in state(tmp_path / "run").values())
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_a_fault_that_stays_ends_the_run(config: Path) -> None:
     printed = finish(start_script(config, "guard.skips=3", prelude=POISON.format(rank=0, bad={1, 2, 3, 4, 5, 6})), 1)
     assert "not finite, and there is no checkpoint to go back to" in printed
@@ -181,6 +182,7 @@ def test_the_data_of_a_spike_is_left_out_and_what_follows_follows(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.slow
 def test_a_spike_that_comes_again_and_again_ends_the_run(config: Path) -> None:
     common = ("train.steps=40", "checkpoint.every=8", "guard.spike=8", "guard.window=8", "guard.rollbacks=2")
     printed = finish(start_script(config, *common, prelude=SPIKE.format(bad="len(calls) > 10")), 1)

@@ -107,6 +107,7 @@ def test_if_told_so_training_goes_on_and_saves_when_there_is_room(
 
 
 @needs_root
+@pytest.mark.slow
 def test_the_last_checkpoint_must_be_written(config: Path, small_disk: Path) -> None:
     overrides = ("train.steps=8", "checkpoint.every=4", f"checkpoint.folder={small_disk}/checkpoints")
     told = ("checkpoint.asynchronous=true", "checkpoint.on_failure=continue")
@@ -118,6 +119,7 @@ def test_the_last_checkpoint_must_be_written(config: Path, small_disk: Path) -> 
 
 
 @needs_root
+@pytest.mark.slow
 def test_a_folder_that_became_read_only(config: Path, small_disk: Path) -> None:
     checkpoints = small_disk / "checkpoints"
     process = start_script(config, *EVERY, "parallel.zero=0", f"checkpoint.folder={checkpoints}", prelude=SLOW_STEPS)

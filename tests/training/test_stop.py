@@ -119,7 +119,7 @@ def test_one_rank_asked_is_all_ranks_asked(config: Path, tmp_path: Path, overrid
     assert saved_step(output) == len(rows(output))
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_a_signal_during_a_save_waits_for_it(config: Path, tmp_path: Path, asynchronous: str) -> None:
     output = tmp_path / "run"
     overrides = (*ENDLESS, "checkpoint.every=5", "checkpoint.keep=9", f"checkpoint.asynchronous={asynchronous}")
@@ -150,7 +150,7 @@ def test_a_second_signal_ends_at_once_and_loses_nothing_saved(config: Path, tmp_
     assert "resuming from" in train(config, "train.steps=6", "optim.schedule=constant")
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_ranks_wait_for_one_that_is_slow_at_saving(config: Path, tmp_path: Path, asynchronous: str) -> None:
     """Asynchronously, they train meanwhile."""
     output = tmp_path / "run"
