@@ -47,7 +47,7 @@ def _command(
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from megakrause.config import load_config
+        from megakrause.config_file import load_config
 
         try:
             config = load_config(arguments.config, arguments.overrides)
@@ -231,7 +231,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         from megakrause.show import show_corpus, show_step
 
         if arguments.what.endswith(".toml"):
-            from megakrause.config import load_config
+            from megakrause.config_file import load_config
 
             lines = show_step(load_config(arguments.what, arguments.overrides), arguments.step, arguments.count)
         else:
@@ -285,7 +285,7 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from megakrause.config import load_config
+        from megakrause.config_file import load_config
         from megakrause.plan import run
 
         config = load_config(arguments.config, arguments.overrides)

@@ -22,7 +22,8 @@ import xxhash
 
 from megakrause.checkpoint.model import load_model, stored_tokenizer
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint
-from megakrause.config import RunConfig, load_config
+from megakrause.config import RunConfig
+from megakrause.config_file import load_config
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import train_tokenizer

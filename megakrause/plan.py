@@ -17,7 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megakrause.config import RunConfig, parse_config
+from megakrause.config import RunConfig
+from megakrause.config_file import parse_config
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.models.build import flops_of_layers, whole_shapes

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megakrause.checkpoint.place import COMMIT, StepFolder, step_folder
+from megakrause.checkpoint.files import Folder
+from megakrause.checkpoint.place import COMMIT, open_folder
 from megakrause.checkpoint.read import Checkpoint, find_place
 from megakrause.data.check import verify_corpus
 from megakrause.data.shards import is_corpus_folder
@@ -36,12 +37,12 @@ def verify(name: str, tokenizer: str | None = None, dtype: str | None = None) ->
         raise UserError("; ".join(damaged))
 
 
-def _checkpoints(name: str) -> list[StepFolder]:
+def _checkpoints(name: str) -> list[Folder]:
     """The checkpoint that a path is, or those of the run that it is."""
     is_url = "://" in name
     if not is_url and not Path(name).is_dir() or is_url and name.startswith("http"):  # which cannot be listed
         return []
-    if (folder := step_folder(name)).exists(COMMIT):
+    if (folder := open_folder(name)).exists(COMMIT):
         return [folder]
     place = find_place(name)
     return [place.folder(step) for step in place.steps()]

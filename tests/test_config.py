@@ -12,7 +12,8 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakrause.config import RunConfig, load_config, parse_config
+from megakrause.config import RunConfig
+from megakrause.config_file import load_config, parse_config
 from megakrause.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = {
-    "errors": 0, "table": 0, "config": 0, "batch": 0, "ops": 0,
+    "errors": 0, "table": 0, "config": 0, "config_file": 0, "batch": 0, "ops": 0,
     "data": 1, "parallel": 1,
     "models": 2,
     "checkpoint": 3, "hf": 3,

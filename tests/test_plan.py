@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from megakrause.cli import main
-from megakrause.config import RunConfig, load_config
+from megakrause.config import RunConfig
+from megakrause.config_file import load_config
 from megakrause.models.cost import measure
 from megakrause.plan import GPUS, USABLE, make_plan, receptive_field, search
 

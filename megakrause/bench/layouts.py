@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from megakrause.bench.measure import machine, write_json
 from megakrause.bench.training import LR, MODEL, TOKENS, VOCABULARY, make_batch
-from megakrause.config import RunConfig, parse_config
+from megakrause.config import RunConfig
+from megakrause.config_file import parse_config
 from megakrause.errors import UserError
 from megakrause.models.build import build_model
 from megakrause.models.layout import Layout

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,7 +24,9 @@ DTYPES = {
     **{torch.int64: "I64", torch.uint8: "U8"},
 }
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 CHUNK = 2**23  # bytes that are hashed, written or read at a time
+LARGEST = 64 << 20  # bytes of a file that is read whole
 LONGEST_HEADER = 10**8  # bytes, as in the safetensors library
 
 
@@ -37,18 +41,38 @@ class FileRecord:
     def to_json(self) -> dict[str, str | int]:
         return asdict(self)
 
+    @staticmethod
+    def from_json(tree: dict[str, Any]) -> FileRecord:
+        """Raises ValueError or TypeError for what is no record, or of a file elsewhere."""
+        record = FileRecord(**tree)
+        as_size(record.size)
+        if not FILE.fullmatch(record.name) or not isinstance(record.xxh3_128, str):
+            raise ValueError(f"{record.name!r} is no file of a checkpoint")
+        return record
 
-class Folder(Protocol):
-    """A folder to read from, wherever it lies. Everything raises OSError or UserError; what is not there,
+
+class Folder(ABC):
+    """Files to be read, wherever they lie. Everything raises OSError or UserError; what is not there,
     FileNotFoundError."""
 
     path: str
 
+    @abstractmethod
+    def exists(self, name: str) -> bool: ...
+
+    @abstractmethod
     def size(self, name: str) -> int: ...
 
+    @abstractmethod
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
         """Fills the buffer from a byte of a file on, and returns how many there were."""
-        ...
+
+    def read(self, name: str) -> bytes:
+        """All of a small file."""
+        if (size := self.size(name)) > LARGEST:
+            raise UserError(f"{self.path}/{name} has {size} bytes; no such file has so many")
+        buffer = bytearray(size)
+        return bytes(buffer[: self.read_into(name, 0, memoryview(buffer))])
 
 
 class Sink(Protocol):

@@ -8,7 +8,8 @@ import torch
 
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.checkpoint.weights import Weights
-from megakrause.config import ModelConfig, RunConfig, parse_config
+from megakrause.config import ModelConfig, RunConfig
+from megakrause.config_file import parse_config
 from megakrause.data.huggingface_tokenizer import TOKENIZER
 from megakrause.data.tokenizer import MODEL, Tokenizer
 from megakrause.errors import UserError

@@ -23,40 +23,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megakrause.checkpoint.files import FileRecord, flush_folder, write_bytes, write_chunks
+from megakrause.checkpoint.files import FileRecord, Folder, flush_folder, write_bytes, write_chunks
 from megakrause.data.remote import Patience, is_missing
 from megakrause.errors import Unreachable, UserError
 
 COMMIT = "COMMIT.json"
 PART = 64 << 20  # bytes of an upload at a time
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")
-LARGEST = 64 << 20  # bytes of a file that is read whole
 
 Chunks = Callable[[], Iterator[bytes | memoryview]]  # a file's content, from its beginning each time
-
-
-class StepFolder(ABC):
-    """One checkpoint's files, to be read. Everything raises OSError or UserError; what is not there,
-    FileNotFoundError."""
-
-    path: str
-
-    @abstractmethod
-    def exists(self, name: str) -> bool: ...
-
-    @abstractmethod
-    def size(self, name: str) -> int: ...
-
-    @abstractmethod
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        """Fills the buffer from a byte of a file on, and returns how many there were."""
-
-    def read(self, name: str) -> bytes:
-        """All of a small file."""
-        if (size := self.size(name)) > LARGEST:
-            raise UserError(f"{self.path}/{name} has {size} bytes; no such file has so many")
-        buffer = bytearray(size)
-        return bytes(buffer[: self.read_into(name, 0, memoryview(buffer))])
 
 
 class Place(ABC):
@@ -76,7 +51,7 @@ class Place(ABC):
         """Of what was committed, newest first."""
 
     @abstractmethod
-    def folder(self, step: int) -> StepFolder: ...
+    def folder(self, step: int) -> Folder: ...
 
     @abstractmethod
     def begin(self, step: int) -> None:
@@ -104,15 +79,15 @@ class Place(ABC):
         possible. Only when none is going on."""
 
 
-def step_folder(path: str | Path) -> StepFolder:
-    """A folder that may be a checkpoint's."""
+def open_folder(path: str | Path) -> Folder:
+    """A folder on this machine or at a URL."""
     if "://" not in str(path):
         return _LocalFolder(Path(path))
     place, _, name = str(path).rstrip("/").rpartition("/")
     return _RemoteFolder(_RemotePlace(place), name)
 
 
-class _LocalFolder(StepFolder):
+class _LocalFolder(Folder):
     def __init__(self, path: Path):
         self.path = str(path)
         self._open: dict[str, int] = {}
@@ -151,7 +126,7 @@ class _LocalPlace(Place):
         names = (STEP.fullmatch(path.name) for path in self._root.glob("step-*"))
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
-    def folder(self, step: int) -> StepFolder:
+    def folder(self, step: int) -> Folder:
         return _LocalFolder(self._step(step))
 
     def begin(self, step: int) -> None:
@@ -192,7 +167,7 @@ class _LocalPlace(Place):
             shutil.rmtree(path, ignore_errors=True)
 
 
-class _RemoteFolder(StepFolder):
+class _RemoteFolder(Folder):
     def __init__(self, place: _RemotePlace, name: str):
         self.path = f"{place.path}/{name}"
         self._place, self._name = place, name
@@ -271,7 +246,7 @@ class _RemotePlace(Place):
     def steps(self) -> list[int]:
         return sorted((step for step, names in self._files().items() if COMMIT in names), reverse=True)
 
-    def folder(self, step: int) -> StepFolder:
+    def folder(self, step: int) -> Folder:
         return _RemoteFolder(self, f"step-{step}")
 
     def begin(self, step: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tomllib
 from pathlib import Path
@@ -11,34 +10,30 @@ from typing import Any
 
 import torch
 
-from megakrause.checkpoint.files import FileRecord, TensorFile, as_size, check_file
+from megakrause.checkpoint.files import FileRecord, Folder, as_size, check_file
 from megakrause.checkpoint.fragment import Box
-from megakrause.checkpoint.place import COMMIT, STEP, Place, StepFolder, step_folder
+from megakrause.checkpoint.place import COMMIT, STEP, Place, open_folder
 from megakrause.checkpoint.weights import Piece, Weights, overlap
 from megakrause.checkpoint.write import FORMAT
 from megakrause.errors import Unreachable, UserError
 from megakrause.parallel.mesh import ALONE, Axis
 
-FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # what odd JSON leads to
 
 
 class Checkpoint(Weights):
     """A committed step folder. Opening reads the small files and the headers; `verify` reads everything."""
 
-    def __init__(self, folder: StepFolder | str | Path):
+    def __init__(self, folder: Folder | str | Path):
         """Raises UserError when the folder is no whole checkpoint."""
-        folder = folder if isinstance(folder, StepFolder) else step_folder(folder)
-        self._folder, self.path = folder, folder.path
+        folder = folder if isinstance(folder, Folder) else open_folder(folder)
+        super().__init__(folder)
         try:
             name = COMMIT
             commit = json.loads(folder.read(name))
             if commit["format"] != FORMAT:
                 raise UserError(f"{self.path} has format {commit['format']}; this version reads format {FORMAT}")
-            self.files = [FileRecord(**record) for record in commit["files"]]
-            for record in self.files:
-                if not (isinstance(record.xxh3_128, str) and FILE.fullmatch(record.name) and as_size(record.size) + 1):
-                    raise ValueError(f"{record.name!r} is no file of a checkpoint")
+            self.files = [FileRecord.from_json(record) for record in commit["files"]]
             name = "state.json"
             self.state: dict[str, Any] = json.loads(folder.read(name))
             as_size(self.state["step"])
@@ -50,7 +45,6 @@ class Checkpoint(Weights):
             raise UserError(f"{self.path} is not a readable checkpoint: {name}: {error}") from error
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[Piece]] = {}
-        self._open: dict[str, TensorFile] = {}
 
     @property
     def step(self) -> int:
@@ -93,14 +87,6 @@ class Checkpoint(Weights):
         except OSError as error:
             raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
 
-    def file(self, name: str) -> TensorFile:
-        if name not in self._open:
-            try:
-                self._open[name] = TensorFile(self._folder, name)
-            except OSError as error:
-                raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
-        return self._open[name]
-
     def _read_index(self) -> None:
         if self._shapes:
             return
@@ -132,7 +118,7 @@ class Checkpoint(Weights):
 def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
     """The checkpoint that `path` names: a step folder, or the newest that verifies of a run's folder or of a folder of
     checkpoints. Raises UserError."""
-    folder = step_folder(path)
+    folder = open_folder(path)
     if STEP.fullmatch(str(path).rstrip("/").rpartition("/")[2]) or folder.exists(COMMIT):
         checkpoint = Checkpoint(folder)
         if problem := checkpoint.verify(axis):
@@ -180,7 +166,7 @@ def newest_checkpoint(place: Place, axis: Axis = ALONE) -> tuple[Checkpoint | No
     return None, passed_over
 
 
-def _try_open(folder: StepFolder) -> tuple[Checkpoint | None, str | None]:
+def _try_open(folder: Folder) -> tuple[Checkpoint | None, str | None]:
     try:
         return Checkpoint(folder), None
     except Unreachable:  # it may be the newest good one

@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 
 import torch
 
-from megakrause.checkpoint.files import TensorFile
+from megakrause.checkpoint.files import Folder, TensorFile
 from megakrause.checkpoint.fragment import Box
 from megakrause.errors import UserError
 
@@ -77,7 +77,9 @@ def overlap(pieces: list[Piece]) -> bool:
 class Weights(ABC):
     """Parameters by our names. Whoever needs a part of one reads that part and no more."""
 
-    path: str  # for messages
+    def __init__(self, folder: Folder):
+        self._folder, self.path = folder, folder.path
+        self._open: dict[str, TensorFile] = {}
 
     @property
     @abstractmethod
@@ -88,9 +90,14 @@ class Weights(ABC):
     def pieces(self, name: str, kind: str) -> list[Piece]:
         """What there is of a parameter's weights ("master") or moments; empty: nothing."""
 
-    @abstractmethod
     def file(self, name: str) -> TensorFile:
         """One of the files that pieces name. Raises UserError."""
+        if name not in self._open:
+            try:
+                self._open[name] = TensorFile(self._folder, name)
+            except OSError as error:
+                raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
+        return self._open[name]
 
     def read(
         self,

@@ -42,14 +42,10 @@ class Retention:
     def outdated(self, newest: int, steps: list[int]) -> list[int]:
         """Which of `steps`, newest first, have to go when `newest` has been written. Later ones than that were passed
         over on resume, because they do not verify: they must not push good ones out."""
-        self.damaged.discard(newest)
         older = [step for step in steps if step < newest]
-        good = [step for step in older if step not in self.damaged][self.last - 1 :]
-        return [
-            step
-            for step in older
-            if step in self.damaged or step in good and not (self.every and step % self.every == 0)
-        ]
+        spare = [step for step in older if step not in self.damaged][self.last - 1 :]
+        kept = [step for step in spare if self.every and step % self.every == 0]
+        return [step for step in older if step in self.damaged or step in spare and step not in kept]
 
 
 def save_checkpoint(place: Place, snapshot: Snapshot, axis: Axis, retention: Retention) -> None:
@@ -99,6 +95,7 @@ def _rank_chunks(fragments: list[Fragment], snapshot: Snapshot) -> Iterator[byte
 def _remove_outdated(place: Place, newest: int, retention: Retention) -> None:
     """What fails here is said: the new one is safe, and training goes on."""
     try:
+        retention.damaged.discard(newest)  # it has been written anew
         steps = retention.outdated(newest, place.steps())
     except UserError as error:
         print(str(error), file=sys.stderr)

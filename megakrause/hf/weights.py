@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megakrause.checkpoint.files import TensorFile
 from megakrause.checkpoint.fragment import Box
-from megakrause.checkpoint.place import step_folder
+from megakrause.checkpoint.place import open_folder
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.checkpoint.weights import Piece, Weights
 from megakrause.errors import UserError
@@ -27,9 +26,7 @@ class HuggingFaceWeights(Weights):
 
     def __init__(self, folder: str | Path, tied: bool):
         """tied: the output projection is the embedding, whatever the files hold of it. Raises UserError."""
-        self.path = str(folder)
-        self._folder = step_folder(folder)
-        self._files: dict[str, TensorFile] = {}
+        super().__init__(open_folder(folder))
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, Piece] = {}
         for file in self._names():
@@ -48,14 +45,6 @@ class HuggingFaceWeights(Weights):
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
         return [self._pieces[name]] if kind == "master" and name in self._pieces else []
-
-    def file(self, name: str) -> TensorFile:
-        if name not in self._files:
-            try:
-                self._files[name] = TensorFile(self._folder, name)
-            except OSError as error:
-                raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
-        return self._files[name]
 
     def _names(self) -> list[str]:
         """The files, every one of which the index says to hold something."""

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from megakrause.config import ModelConfig
 from megakrause.models.init import constant, normal
 from megakrause.models.layout import Layout
-from megakrause.models.norm import HeadNorm
+from megakrause.models.norm import RMSNorm
 from megakrause.ops.krause import krause_attention
 from megakrause.ops.krause_decode import KeyRing, krause_decode
 from megakrause.ops.rotary import apply_rotary
 from megakrause.ops.softmax import causal_mask, softmax_attention
+from megakrause.parallel.collectives import copy
 from megakrause.parallel.context import heads_for_positions, positions_for_heads, with_halo
 from megakrause.parallel.linear import ColumnParallelLinear, PartOfWholeLinear, RowParallelLinear, sharded
 from megakrause.parallel.mesh import Axis
@@ -185,7 +186,7 @@ class SelfAttention(nn.Module):
         self.key, self.value = (marked(self._key_value(config, axis), config.init_std) for _ in range(2))
         self.output = marked(RowParallelLinear(config.heads * d, width, axis), config.deep_init_std)
         self.query_norm, self.key_norm = (
-            HeadNorm(d, config.norm_eps, axis) if config.qk_norm else None for _ in range(2)
+            RMSNorm(d, config.norm_eps, partial(copy, axis=axis)) if config.qk_norm else None for _ in range(2)
         )
 
     @staticmethod

@@ -36,9 +36,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, layout: Layout):
         super().__init__()
         tp = layout.tp
-        self.attention_norm = RMSNorm(config.width, config.norm_eps, tp)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps, tp.whole)
         self.attention = SelfAttention(config, layer, layout)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps, tp)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, tp.whole)
         self.mlp = SwiGLU(config, layout)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:

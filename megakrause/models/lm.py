@@ -51,7 +51,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, tp: TensorParallel):
         super().__init__()
         self.tp = tp
-        self.norm = RMSNorm(config.width, config.norm_eps, tp)
+        self.norm = RMSNorm(config.width, config.norm_eps, tp.whole)
         self.output = marked(ColumnParallelLinear(config.width, vocab_size, tp.axis), config.init_std)
 
     def forward(self, x: Tensor, length: int) -> Tensor:

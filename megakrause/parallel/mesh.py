@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,6 +20,7 @@ from megakrause.config import ParallelConfig
 from megakrause.errors import UserError, explain_os_error
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -162,7 +166,9 @@ class Mesh:
         timeout = timedelta(seconds=parallel.timeout + 60)  # the watch, which knows more, comes first
         if not dist.is_initialized():
             if launched:
+                _end_with_launcher(signal.SIGKILL)  # until they have met, ranks would look for it for many minutes
                 dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+                _end_with_launcher(0)
             else:  # alone: no address and no port that another job could hold
                 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -184,6 +190,12 @@ class Mesh:
         data = make_axis(np.moveaxis(ranks, 3, 1).reshape(-1, shape[1] * shape[2]), timeout)
         world = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return Mesh(pp, dp, cp, tp, data, world, device)
+
+
+def _end_with_launcher(number: int) -> None:
+    """From now on this process gets a signal when the one that started it ends; 0: none. On Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def mesh_shape(parallel: ParallelConfig, processes: int) -> tuple[int, int, int, int]:

@@ -81,7 +81,7 @@ class Trainer:
             start = find_weights(config.train.init_from, mesh.world)
             check_shapes(start, config.model)
         # 2. The output folder, which is this run's alone from now on.
-        self.locks = mesh.world.together(lambda: self._prepare_output() if mesh.is_main else [])
+        self.locks = mesh.world.together(lambda: self._prepare_output(checkpoint) if mesh.is_main else [])
         # 3. The engine, and who writes its state.
         model = build_model(config.model, config.train.seed, Layout.of(config, mesh))
         self.engine = Engine(model, config, mesh)
@@ -340,14 +340,18 @@ class Trainer:
         samples = self.mesh.world.together(lambda: train_samples(self.config, self.tokenizer, batches))
         return samples, batches
 
-    def _prepare_output(self) -> list[OutputLock]:
-        """Makes the folders and takes them for this run. Raises UserError when another has one."""
+    def _prepare_output(self, checkpoint: Checkpoint | None) -> list[OutputLock]:
+        """Makes the folders and takes them for this run. Raises UserError when another has one, or has had it and saved
+        since `checkpoint` was found to be the newest."""
         folders, elsewhere = [self.output], self.config.checkpoint.folder
         if elsewhere is not None and "://" not in elsewhere and Path(elsewhere).resolve() != self.output.resolve():
             folders.append(Path(elsewhere))
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         locks = [OutputLock(folder) for folder in folders]
+        found = -1 if checkpoint is None else checkpoint.step
+        if newer := [step for step in self.place.steps() if step > found and step not in self.damaged]:
+            raise UserError(f"another run has just saved step {newer[0]} in {self.place.path}; start again to go on")
         self.place.clean()
         return locks
 

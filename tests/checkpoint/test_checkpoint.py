@@ -22,9 +22,10 @@ from torch import Tensor
 from megakrause.checkpoint.files import FileRecord, TensorFile, check_file, tensor_chunks, write_bytes
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
-from megakrause.checkpoint.place import Place, step_folder
+from megakrause.checkpoint.place import Place, open_folder
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint, find_place, newest_checkpoint
-from megakrause.config import RunConfig, parse_config
+from megakrause.config import RunConfig
+from megakrause.config_file import parse_config
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
 from megakrause.errors import UserError
 from megakrause.models.build import build_model
@@ -174,14 +175,14 @@ def test_tensor_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata() == {"note": 'ünd "more"'}
     assert record.size == (tmp_path / "x.safetensors").stat().st_size
-    assert check_file(step_folder(tmp_path), record) is None
+    assert check_file(open_folder(tmp_path), record) is None
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_tensor_files_of_the_safetensors_library_are_read(tmp_path: Path, scheme: str) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of_all_kinds().items()}
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", {"note": 'ünd "more"'})
-    file = TensorFile(step_folder(f"{scheme}{tmp_path}"), "x.safetensors")
+    file = TensorFile(open_folder(f"{scheme}{tmp_path}"), "x.safetensors")
     assert set(file) == set(tensors) and file.metadata == {"note": 'ünd "more"'}
     for name, tensor in tensors.items():
         found = file.tensor(name)
@@ -352,11 +353,11 @@ def test_files_larger_than_one_read_are_checked_to_their_end(
     content, name = bytes(range(200)), f"{scheme}{tmp_path}"
     record = write_bytes(tmp_path, "x", iter([content[:50], content[50:], b""]))
     assert record == FileRecord("x", 200, record.xxh3_128) and (tmp_path / "x").read_bytes() == content
-    assert check_file(step_folder(name), record) is None
+    assert check_file(open_folder(name), record) is None
     for at in (0, 63, 64, 199):
         (tmp_path / "x").write_bytes(content)
         damage(tmp_path / "x", at)
-        assert check_file(step_folder(name), record) == f"{name}/x does not match its checksum"
+        assert check_file(open_folder(name), record) == f"{name}/x does not match its checksum"
 
 
 # ---- what is left behind

@@ -20,7 +20,7 @@ import pytest
 
 from megakrause.checkpoint.files import TensorFile, check_file, write_bytes
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
-from megakrause.checkpoint.place import Place, step_folder
+from megakrause.checkpoint.place import Place, open_folder
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint, newest_checkpoint
 from megakrause.errors import UserError
 from tests.checkpoint.processes import Nursery, run_alone
@@ -47,7 +47,7 @@ def readers(root: Path) -> dict[str, Callable[[], Any]]:
         "weights": lambda: [Checkpoint(folder).weights(name) for name in SHAPES],
         "read": lambda: Checkpoint(folder).read("a.bias", "exp_avg", 1, 3),
         "rng": lambda: Checkpoint(folder).rng(0),
-        "tensors": lambda: [(file := TensorFile(step_folder(folder), RANK)), *map(file.tensor, file)],
+        "tensors": lambda: [(file := TensorFile(open_folder(folder), RANK)), *map(file.tensor, file)],
         "config": lambda: stored_config(Checkpoint(folder)),
         "tokenizer": lambda: stored_tokenizer(Checkpoint(folder)),
         "model": lambda: load_model(Checkpoint(folder)),
@@ -231,7 +231,7 @@ def test_a_huge_header_in_a_huge_file_is_refused(nursery: Nursery, root: Path, s
 
 
 def index_of(root: Path) -> list[dict[str, Any]]:
-    return json.loads(TensorFile(step_folder(root / "step-1"), RANK).metadata["fragments"])
+    return json.loads(TensorFile(open_folder(root / "step-1"), RANK).metadata["fragments"])
 
 
 def with_index(root: Path, index: object) -> None:
@@ -380,7 +380,7 @@ def test_names_that_lead_elsewhere_are_refused(nursery: Nursery, root: Path, nam
     made = write_bytes(root, "copy", iter([target.read_bytes()]))
     commit["files"].append(made.to_json() | {"name": name})
     path.write_text(json.dumps(commit))
-    assert check_file(step_folder(root / "step-1"), replace(made, name=name)) is None  # its checksum matches
+    assert check_file(open_folder(root / "step-1"), replace(made, name=name)) is None  # its checksum matches
     judge(nursery.call(run_alone, try_all, root), "step-1", {"find", "tokenizer"})
 
 

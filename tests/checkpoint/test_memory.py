@@ -18,7 +18,7 @@ import torch
 
 from megakrause.checkpoint.files import check_file
 from megakrause.checkpoint.fragment import Box, Fragment
-from megakrause.checkpoint.place import Place, step_folder
+from megakrause.checkpoint.place import Place, open_folder
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.checkpoint.saver import Saver
 from megakrause.checkpoint.write import Retention, Snapshot, _rank_chunks, save_checkpoint
@@ -216,7 +216,7 @@ def verify_share(home: Home, rank: int) -> tuple[int, int]:
     def verify() -> None:
         large = [record for record in checkpoint.files if record.name.startswith("rank-")]
         for record in large[rank::2]:
-            assert check_file(step_folder(checkpoint.path), record) is None
+            assert check_file(open_folder(checkpoint.path), record) is None
 
     grown = most_resident(verify)
     return bytes_read() - before, grown

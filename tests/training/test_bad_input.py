@@ -17,7 +17,7 @@ from megakrause.data.tokenizer import train_tokenizer
 from tests import disks
 from tests.disks import needs_root
 from tests.training.conftest import write_texts
-from tests.training.runs import start, state, wait_for
+from tests.training.runs import rows, start, start_script, state, train, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -206,6 +206,33 @@ def test_two_runs_cannot_share_an_output(config: Path, tmp_path: Path, capsys: p
     first.kill()
     first.wait()
     assert main(["train", str(config)]) == 0
+
+
+def test_a_run_that_began_while_another_ended_does_not_go_on_from_an_older_checkpoint(
+    config: Path, tmp_path: Path
+) -> None:
+    """It has chosen its checkpoint when the other saves a newer one and lets go of the folder."""
+    prelude = f"""
+from megakrause.training.loop import Trainer
+real = Trainer._open_data
+def slow(self, *arguments):
+    open({str(tmp_path / "chosen")!r}, "w").close()
+    while not os.path.exists({str(tmp_path / "go on")!r}):
+        time.sleep(0.01)
+    return real(self, *arguments)
+Trainer._open_data = slow
+"""
+    schedule = "optim.schedule=constant"
+    assert main(["train", str(config), schedule, "train.steps=3"]) == 0
+    late = start_script(config, schedule, "train.steps=9", prelude=prelude)
+    wait_for(late, tmp_path / "chosen")
+    assert main(["train", str(config), schedule, "train.steps=6"]) == 0
+    (tmp_path / "go on").touch()
+    printed, _ = late.communicate(timeout=60)
+    assert late.returncode == 1
+    assert f"error: another run has just saved step 6 in {tmp_path}/run/checkpoints; start again to go on" in printed
+    assert "resuming from" in train(config, schedule, "train.steps=9")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 10))
 
 
 def test_tokens_outside_the_vocabulary_of_a_corpus_without_manifest(

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from megakrause.batch import TokenBatch
-from megakrause.config import RunConfig, load_config
+from megakrause.config import RunConfig
+from megakrause.config_file import load_config
 from megakrause.models.build import build_model
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.engine import Engine

@@ -35,16 +35,11 @@ class Trials:
     """A run that is killed again and again, by the same seed at the same moments as far as a clock can tell."""
 
     def __init__(self, config: Path, *keys: object, ranks: int, every: int, kills: int, victims: Victims):
-        self.output, self.ranks, self.every, self.kills, self.victims = (
-            config.parent / "run",
-            ranks,
-            every,
-            kills,
-            victims,
-        )
+        self.config, self.output = config, config.parent / "run"
+        self.ranks, self.every, self.kills, self.victims = ranks, every, kills, victims
         self.place = Place.of(self.output / "checkpoints")
-        self.arguments = [config, *keys, f"train.steps={STEPS_A_KILL * kills}", f"checkpoint.every={every}"]
-        self.arguments += ["checkpoint.keep=2", "log.tensorboard=false", "data.prefetch=1"]
+        self.keys = [*keys, f"train.steps={STEPS_A_KILL * kills}", f"checkpoint.every={every}"]
+        self.keys += ["checkpoint.keep=2", "log.tensorboard=false", "data.prefetch=1"]
         self.rng = random.Random(1)
         self.in_saves = 0
 
@@ -64,7 +59,7 @@ class Trials:
         assert_bitwise_same(self.output, undisturbed)
 
     def _start(self, *keys: object) -> Job:
-        return Job(*self.arguments, *keys, ranks=self.ranks)
+        return Job(self.config, *self.keys, *keys, ranks=self.ranks)
 
     def _kill(self, asynchronous: bool) -> None:
         """Starts the run, kills it while it starts or some steps later, and looks at what is left."""

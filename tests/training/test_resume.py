@@ -47,7 +47,7 @@ class Job:
             with suppress(psutil.Error):
                 if self.config in process.cmdline():
                     found.append(process)
-        return sorted(found, key=lambda process: process.pid)
+        return sorted(found, key=lambda process: process.pid != self.process.pid)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits for something that comes while the job runs."""

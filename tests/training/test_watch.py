@@ -108,3 +108,30 @@ if os.environ["RANK"] == "1":
     stacks = [(output / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in range(2)]
     assert all(f"rank {rank}, step 7, " in text for rank, text in enumerate(stacks))
     assert "script.py" in stacks[1].split("train_step")[0] and "distributed_c10d.py" in stacks[0]
+
+
+def test_ranks_do_not_outlive_a_launcher_that_dies_before_they_have_met(config: Path, tmp_path: Path) -> None:
+    """One waits for the other, which comes late."""
+    prelude = f"""
+from megakrause.parallel import mesh
+real = mesh.dist.init_process_group
+def late(*arguments, **options):
+    open({str(tmp_path)!r} + "/rank-" + os.environ["RANK"], "w").close()
+    if os.environ["RANK"] == "1":
+        import time
+        time.sleep(1000)
+    real(*arguments, **options)
+mesh.dist.init_process_group = late
+"""
+    launcher = start(config, tmp_path / "run", prelude=prelude)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"rank-{rank}").exists() for rank in range(2)):
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)  # rank 0 is waiting
+    processes = ranks(launcher)
+    launcher.kill()
+    gone, alive = psutil.wait_procs(processes.values(), timeout=10)
+    for process in alive:
+        process.kill()
+    assert len(gone) == 2
