@@ -141,6 +141,12 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
         print(f"{arguments.out}: {import_folder(arguments.folder, arguments.out)}")
 
+    def from_paper(arguments: argparse.Namespace) -> None:
+        from megakrause.hf.paper import import_state_dict
+
+        model = import_state_dict(arguments.state, arguments.out, arguments.config, arguments.window, arguments.top_k)
+        print(f"{arguments.out}: {model.layers} layers of width {model.width} with a Krause branch")
+
     converters = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(metavar="TO", required=True)
     parser = _command(
         converters,
@@ -166,6 +172,20 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", metavar="HF_FOLDER", help="with config.json and safetensors; code in it is never run")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be new or empty")
+
+    parser = _command(
+        converters,
+        "from-paper",
+        "Write a state dict of the paper's published implementation as a checkpoint.",
+        "  megakrause convert from-paper llama_krause.pt runs/llama --config Llama-3-8B/config.json --window 32 "
+        "--top-k 16",
+        from_paper,
+    )
+    parser.add_argument("state", metavar="STATE_DICT", type=Path, help=".pt, .safetensors, or a folder of shards")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be new or empty")
+    parser.add_argument("--config", type=Path, required=True, help="Hugging Face config.json of the model")
+    parser.add_argument("--window", type=_positive, required=True, help="keys that a Krause query sees")
+    parser.add_argument("--top-k", type=_positive, help="keys that it keeps; default: all")
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:

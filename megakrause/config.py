@@ -21,7 +21,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
-AttentionKind = Literal["krause", "softmax", "softmax_window"]
+CoreKind = Literal["krause", "softmax", "softmax_window"]
+AttentionKind = CoreKind | Literal["dual"]
 
 
 class RopeScaling(Section):
@@ -35,7 +36,8 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """A decoder language model of the Llama kind; each layer's attention is Krause, softmax or windowed softmax."""
+    """A decoder language model of the Llama kind; each layer's attention is Krause, softmax, windowed softmax, or dual:
+    softmax with a Krause branch beside it (models/dual.py)."""
 
     kind: Literal["lm"] = "lm"
     layers: int = Field(gt=0)
@@ -88,7 +90,7 @@ class ModelConfig(Section):
             )
         if self.window is None and set(self.attention_of_layers) != {"softmax"}:
             raise ValueError(
-                "model.window is missing; krause and softmax_window layers need one, such as model.window = 128"
+                "model.window is missing; krause, dual and softmax_window layers need one, such as model.window = 128"
             )
         if self.positions == "learned" and self.max_positions is None:
             raise ValueError("model.max_positions is missing; learned positions need one, at least train.seq_len")
@@ -102,7 +104,7 @@ class ModelConfig(Section):
     @property
     def window_of_layers(self) -> list[int | None]:
         """How many keys a query of each layer sees at most, itself included; None for all."""
-        return [None if kind == "softmax" else self.window for kind in self.attention_of_layers]
+        return [None if kind in ("softmax", "dual") else self.window for kind in self.attention_of_layers]
 
     @property
     def num_kv_heads(self) -> int:
@@ -393,7 +395,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.seq_len = {seq_len} cannot be shared by parallel.cp = {parallel.cp}; use a multiple of it"
             )
-        if "softmax" in model.attention_of_layers and heads // parallel.tp % parallel.cp:
+        if None in model.window_of_layers and heads // parallel.tp % parallel.cp:
             raise ValueError(
                 f"parallel.cp = {parallel.cp} cannot share the {heads // parallel.tp} heads that softmax layers have "
                 "on a tensor-parallel rank; use a divisor of them, or windowed attention in all layers"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megakrause.bench.measure import machine, ratio, take_turns, write_json
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
-from megakrause.models.attention import GrowingCache
+from megakrause.models.attention import GrowingCache, WindowCache
 from megakrause.models.build import build_model
 from megakrause.models.lm import LanguageModel, ModelCache
 from megakrause.table import table
@@ -82,7 +82,7 @@ def make_cache(model: LanguageModel, batch: int, position: int) -> ModelCache:
         k, v = torch.randn(2, batch, seen, config.num_kv_heads, config.head_size, dtype=weight.dtype).to(weight.device)
         if isinstance(layer, GrowingCache):
             layer.extend(k, v, 0)
-        else:
+        elif isinstance(layer, WindowCache):
             layer.ring(k).fill(k, v, position - seen)
     cache.position = position
     return cache

@@ -27,7 +27,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         ours = ", ".join(name.removesuffix("ForCausalLM") for name in ARCHITECTURES)
         raise UserError(f"{path} is of architecture {architecture}, which cannot be read; these can: {ours}")
     try:
-        tree = _common(config) | _positions(config, path)
+        tree = read_sizes(config, path)
         match architecture:
             case "LlamaForCausalLM":
                 _refuse(config, path, attention_bias=False, mlp_bias=False)
@@ -47,8 +47,9 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         ) from error
 
 
-def _common(config: dict[str, Any]) -> dict[str, Any]:
-    return {
+def read_sizes(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What all families' configs say in the same words, in ours. Raises UserError."""
+    return _positions(config, path) | {
         "layers": config["num_hidden_layers"],
         "width": config["hidden_size"],
         "heads": config["num_attention_heads"],

@@ -92,7 +92,7 @@ def max_length(config: RunConfig) -> int:
     if config.model.positions == "learned":
         assert config.model.max_positions is not None
         return config.model.max_positions
-    return config.train.seq_len if "softmax" in config.model.attention_of_layers else LONGEST
+    return config.train.seq_len if None in config.model.window_of_layers else LONGEST
 
 
 def hf_config(

@@ -19,6 +19,7 @@ from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.hf.config import read_config
 from megakrause.hf.weights import HuggingFaceWeights
+from megakrause.models.build import whole_shapes
 from megakrause.parallel.mesh import ALONE
 
 UNKNOWN = "none"  # of what a config has to say and an imported model has not
@@ -29,7 +30,7 @@ def import_folder(folder: str, out: Path) -> str:
     whose section [model] is what a run needs to go on with. Returns what was read, in words. Raises UserError."""
     model, theirs = read_config(folder)
     weights = HuggingFaceWeights(folder, model.tie_embeddings)
-    check_shapes(weights, model)
+    check_shapes(weights, whole_shapes(model))
     tokenizer = None
     if (Path(folder) / "tokenizer.json").exists() or (Path(folder) / "tokenizer.model").exists():
         tokenizer = Tokenizer.load(folder)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -31,10 +31,10 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 class MegakrauseConfig(PretrainedConfig):
-    """attention: "krause" or "softmax" for each layer. krause_sigma: initial width of the kernel of every head (`top_k`
-    alone would be taken for generate()'s). qk_norm: heads' queries and keys are normalized before rotation.
-    position_scaling: of rotary positions, Llama 3.1's or linear. learned_positions: a table of max_position_embeddings
-    positions in place of rotary ones."""
+    """attention: "krause", "softmax", "softmax_window" or "dual" for each layer. krause_sigma: initial width of the
+    kernel of every head (`top_k` alone would be taken for generate()'s). qk_norm: heads' queries and keys are
+    normalized before rotation. position_scaling: of rotary positions, Llama 3.1's or linear. learned_positions: a table
+    of max_position_embeddings positions in place of rotary ones."""
 
     model_type = "megakrause"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
@@ -91,7 +91,7 @@ class MegakrauseConfig(PretrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What `DynamicCache` reads: a Krause layer caches like one with a sliding window, only its weights differ."""
-        return ["full_attention" if kind == "softmax" else "sliding_attention" for kind in self.attention]
+        return ["full_attention" if kind in ("softmax", "dual") else "sliding_attention" for kind in self.attention]
 
 
 def krause_attention(
@@ -186,10 +186,10 @@ class MegakrauseRMSNorm(nn.Module):
 
 
 class MegakrauseAttention(nn.Module):
-    def __init__(self, config: MegakrauseConfig, layer: int):
+    def __init__(self, config: MegakrauseConfig, kind: str, cache_layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.window = None if config.attention[layer] == "softmax" else config.krause_window
+        self.cache_layer, self.head_dim = cache_layer, config.head_dim
+        self.window = None if kind == "softmax" else config.krause_window
         self.top_k, self.sigma = config.krause_top_k, config.krause_sigma
         q_width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
@@ -200,7 +200,7 @@ class MegakrauseAttention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (MegakrauseRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         self.log_sigma: nn.Parameter | None = None
-        if config.attention[layer] == "krause":
+        if kind == "krause":
             self.log_sigma = nn.Parameter(torch.full((config.num_attention_heads,), math.log(config.krause_sigma)))
 
     def forward(
@@ -213,7 +213,7 @@ class MegakrauseAttention(nn.Module):
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            k, v = cache.update(k, v, self.cache_layer)
         if segments is not None:
             segments = segments[:, -k.shape[2] :]
         if self.log_sigma is None:
@@ -222,6 +222,24 @@ class MegakrauseAttention(nn.Module):
             assert self.window is not None
             out = krause_attention(q, k, v, self.log_sigma, self.window, self.top_k, segments)
         return self.o_proj(out.transpose(1, 2).flatten(-2))  # b s e
+
+
+class MegakrauseDualAttention(MegakrauseAttention):
+    """Softmax attention and a Krause branch, mixed for each position by a gate that reads both outputs."""
+
+    def __init__(self, config: MegakrauseConfig, layer: int):
+        super().__init__(config, "softmax", layer)
+        cache_layer = config.num_hidden_layers + config.attention[:layer].count("dual")  # see `add_branches`
+        self.krause = MegakrauseAttention(config, "krause", cache_layer)
+        self.gate = nn.Linear(2 * config.hidden_size, 2)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, segments: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        softmax, krause = super().forward(x, rotary, segments, cache), self.krause(x, rotary, segments, cache)
+        logits = self.gate(torch.cat([softmax, krause], dim=-1))
+        share = torch.sigmoid(logits[..., :1] - logits[..., 1:])  # the first of a softmax over two
+        return torch.lerp(krause, softmax, share)
 
 
 class MegakrauseMLP(nn.Module):
@@ -239,7 +257,10 @@ class MegakrauseLayer(nn.Module):
     def __init__(self, config: MegakrauseConfig, layer: int):
         super().__init__()
         self.input_layernorm = MegakrauseRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MegakrauseAttention(config, layer)
+        kind = config.attention[layer]
+        self.self_attn = (
+            MegakrauseDualAttention(config, layer) if kind == "dual" else MegakrauseAttention(config, kind, layer)
+        )
         self.post_attention_layernorm = MegakrauseRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MegakrauseMLP(config)
 
@@ -262,6 +283,15 @@ class MegakrausePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MegakrauseAttention) and module.log_sigma is not None:
             init.constant_(module.log_sigma, math.log(module.sigma))
+        if isinstance(module, MegakrauseDualAttention):
+            init.normal_(module.gate.weight, std=0.01)
+            init.copy_(module.gate.bias, torch.tensor([math.log(4), 0.0]))  # 0.8 : 0.2
+
+
+def add_branches(cache: Cache, attention: list[str], window: int) -> None:
+    """Gives a new cache a layer for the Krause branch of every dual layer, behind those of all layers."""
+    if len(cache.layers) == len(attention):
+        cache.layers += [DynamicSlidingWindowLayer(sliding_window=window) for kind in attention if kind == "dual"]
 
 
 def positions_in_documents(mask: Tensor) -> Tensor:
@@ -305,7 +335,8 @@ class MegakrauseModel(MegakrausePreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # b s e
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
-
+        if cache is not None:
+            add_branches(cache, self.config.attention, self.config.krause_window)
         past = 0 if cache is None else cache.get_seq_length()
         end = past + x.shape[1]
         if attention_mask is not None and getattr(attention_mask, "shape", None) != (x.shape[0], end):

@@ -16,21 +16,27 @@ _OUTER = {
 # Of block N: ours stand behind `blocks.N.`, theirs behind `model.layers.N.`.
 _INNER = {
     "attention_norm.weight": "input_layernorm.weight",
-    "attention.query.weight": "self_attn.q_proj.weight",
-    "attention.query.bias": "self_attn.q_proj.bias",
-    "attention.key.weight": "self_attn.k_proj.weight",
-    "attention.key.bias": "self_attn.k_proj.bias",
-    "attention.value.weight": "self_attn.v_proj.weight",
-    "attention.value.bias": "self_attn.v_proj.bias",
-    "attention.output.weight": "self_attn.o_proj.weight",
-    "attention.query_norm.weight": "self_attn.q_norm.weight",
-    "attention.key_norm.weight": "self_attn.k_norm.weight",
-    "attention.core.log_sigma": "self_attn.log_sigma",
+    "attention.gate.weight": "self_attn.gate.weight",
+    "attention.gate.bias": "self_attn.gate.bias",
     "mlp_norm.weight": "post_attention_layernorm.weight",
     "mlp.gate.weight": "mlp.gate_proj.weight",
     "mlp.up.weight": "mlp.up_proj.weight",
     "mlp.down.weight": "mlp.down_proj.weight",
 }
+_ATTENTION = {
+    "query.weight": "q_proj.weight",
+    "query.bias": "q_proj.bias",
+    "key.weight": "k_proj.weight",
+    "key.bias": "k_proj.bias",
+    "value.weight": "v_proj.weight",
+    "value.bias": "v_proj.bias",
+    "output.weight": "o_proj.weight",
+    "query_norm.weight": "q_norm.weight",
+    "key_norm.weight": "k_norm.weight",
+    "core.log_sigma": "log_sigma",
+}
+for _branch in ("", "krause."):
+    _INNER |= {f"attention.{_branch}{ours}": f"self_attn.{_branch}{theirs}" for ours, theirs in _ATTENTION.items()}
 
 
 def to_hf(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,25 @@ LEFT_OUT = re.compile(r".*\.rotary_emb\.inv_freq")  # that a config says, too
 class HuggingFaceWeights(Weights):
     """Opening reads the index and the headers of the files."""
 
-    def __init__(self, folder: str | Path, tied: bool):
-        """tied: the output projection is the embedding, whatever the files hold of it. Raises UserError."""
+    def __init__(
+        self,
+        folder: str | Path,
+        tied: bool,
+        files: list[str] | None = None,
+        translate: Callable[[str], str] = from_hf,
+    ):
+        """tied: the output projection is the embedding, whatever the files hold of it. files: None for those that the
+        index names. translate: gives our name of a parameter. Raises UserError."""
         super().__init__(open_folder(folder))
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, Piece] = {}
-        for file in self._names():
+        for file in files or self._names():
             opened = self.file(file)
             for key in opened:
                 if LEFT_OUT.fullmatch(key) or tied and key == "lm_head.weight":
                     continue
-                name, shape = from_hf(key), opened.shape(key)
-                self._shapes[name] = shape
+                name = translate(key)
+                self._shapes[name] = shape = self.shape_of(name, opened.shape(key))
                 box = Box.whole(shape)
                 self._pieces[name] = Piece(box, 0, math.prod(shape), file, key)
 
@@ -45,6 +53,10 @@ class HuggingFaceWeights(Weights):
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
         return [self._pieces[name]] if kind == "master" and name in self._pieces else []
+
+    def shape_of(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """That of our parameter, which has as many elements as the stored one."""
+        return stored
 
     def _names(self) -> list[str]:
         """The files, every one of which the index says to hold something."""

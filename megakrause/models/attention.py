@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from megakrause.config import ModelConfig
+from megakrause.config import CoreKind, ModelConfig
 from megakrause.models.init import constant, normal
 from megakrause.models.layout import Layout
 from megakrause.models.norm import RMSNorm
@@ -173,15 +173,16 @@ class SoftmaxCore(nn.Module):
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245) around a core of the layer's kind."""
 
-    def __init__(self, config: ModelConfig, layer: int, layout: Layout):
+    def __init__(self, config: ModelConfig, kind: CoreKind, layout: Layout):
         """Each rank works on its share of the query heads and the key/value heads that these need."""
         super().__init__()
         width, d, axis = config.width, config.head_size, layout.tp.axis
-        kind, window = config.attention_of_layers[layer], config.window_of_layers[layer]
         self.tp, self.head_size = layout.tp, d
-        self.core: KrauseCore | SoftmaxCore = SoftmaxCore(window, layout)
+        self.core: KrauseCore | SoftmaxCore
         if kind == "krause":
             self.core = KrauseCore(config, layout)
+        else:
+            self.core = SoftmaxCore(config.window if kind == "softmax_window" else None, layout)
         self.query = marked(ColumnParallelLinear(width, config.heads * d, axis, bias=config.qkv_bias), config.init_std)
         self.key, self.value = (marked(self._key_value(config, axis), config.init_std) for _ in range(2))
         self.output = marked(RowParallelLinear(config.heads * d, width, axis), config.deep_init_std)
@@ -198,13 +199,19 @@ class SelfAttention(nn.Module):
         return PartOfWholeLinear(config.width, outputs, axis, range(head * d, (head + 1) * d), bias=config.qkv_bias)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
-        x = self.tp.enter(x, sequence.length)
+        return self.tp.leave(self.term(self.tp.enter(x, sequence.length), sequence, cache))
+
+    def term(self, x: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
+        """This rank's term of the output, for `TensorParallel.leave`, from what `enter` gave."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.query, self.key, self.value))  # b s h d
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if sequence.rotary is not None:
             q, k = apply_rotary(q, *sequence.rotary), apply_rotary(k, *sequence.rotary)
-        return self.tp.leave(self.output(self.core(q, k, v, sequence, cache).flatten(-2)))  # b s e
+        return self.output(self.core(q, k, v, sequence, cache).flatten(-2))
+
+    def new_cache(self) -> Cache:
+        return self.core.new_cache()
 
 
 Linear = TypeVar("Linear", bound=ColumnParallelLinear | PartOfWholeLinear | RowParallelLinear)

@@ -7,9 +7,12 @@ from torch.nn import functional as F
 
 from megakrause.config import ModelConfig
 from megakrause.models.attention import Cache, SelfAttention, Sequence, marked
+from megakrause.models.dual import DualAttention, DualCache
 from megakrause.models.layout import Layout
 from megakrause.models.norm import RMSNorm
 from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+LayerCache = Cache | DualCache
 
 
 class SwiGLU(nn.Module):
@@ -37,13 +40,14 @@ class Block(nn.Module):
         super().__init__()
         tp = layout.tp
         self.attention_norm = RMSNorm(config.width, config.norm_eps, tp.whole)
-        self.attention = SelfAttention(config, layer, layout)
+        kind = config.attention_of_layers[layer]
+        self.attention = DualAttention(config, layout) if kind == "dual" else SelfAttention(config, kind, layout)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, tp.whole)
         self.mlp = SwiGLU(config, layout)
 
-    def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequence: Sequence, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), sequence, cache)
         return x + self.mlp(self.mlp_norm(x), sequence.length)
 
-    def new_cache(self) -> Cache:
-        return self.attention.core.new_cache()
+    def new_cache(self) -> LayerCache:
+        return self.attention.new_cache()

@@ -41,8 +41,16 @@ def flops_of_layers(config: ModelConfig, seq_len: int) -> list[float]:
     A query meets at most its layer's `window` keys, or (seq_len + 1) / 2 on average; document masks are not taken into
     account."""
     assert config.vocab_size is not None
-    q, kv = config.heads * config.head_size, config.num_kv_heads * config.head_size
-    weights = config.width * (2 * q + 2 * kv) + 3 * config.width * config.mlp_width
-    windows = [min(limit or seq_len, seq_len) for limit in config.window_of_layers]
-    scores = [2 * q * (window - window * (window - 1) / (2 * seq_len)) for window in windows]
-    return [3 * 2 * (weights + score) for score in scores] + [3 * 2 * config.width * config.vocab_size]
+    q, kv, width = config.heads * config.head_size, config.num_kv_heads * config.head_size, config.width
+
+    def attention(limit: int | None) -> float:
+        window = min(limit or seq_len, seq_len)
+        return width * (2 * q + 2 * kv) + 2 * q * (window - window * (window - 1) / (2 * seq_len))
+
+    def block(layer: int) -> float:
+        products = 3 * width * config.mlp_width + attention(config.window_of_layers[layer])
+        if config.attention_of_layers[layer] == "dual":
+            products += attention(config.window) + 2 * 2 * width
+        return products
+
+    return [3 * 2 * block(layer) for layer in range(config.layers)] + [3 * 2 * width * config.vocab_size]

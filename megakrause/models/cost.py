@@ -101,8 +101,11 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
 
         def block(layer: int) -> LayerCost:
             window, kind = model.window_of_layers[layer], model.attention_of_layers[layer]
-            q, top_k = torch.empty(1, 1, 1, model.head_size), model.top_k if kind == "krause" else None
-            takes = gpu and triton_refuses(q, window or config.train.seq_len, None, top_k) is None
+            kernels = [(model.window or 0, model.top_k)] if kind in ("krause", "dual") else []
+            if kind != "krause":
+                kernels.append((window or config.train.seq_len, None))
+            q = torch.empty(1, 1, 1, model.head_size)
+            takes = gpu and all(triton_refuses(q, keys, None, top_k) is None for keys, top_k in kernels)
             here = replace(layout, backend="triton" if takes else "auto")
             made = {level: _Rerun(model, layer, replace(here, recompute=level)) for level in LEVELS}
             return _run(layout, made, stream, sequence)

@@ -20,9 +20,9 @@ def normal(param: P, std: float) -> P:
     return param
 
 
-def constant(param: P, value: float) -> P:
-    """Marks a parameter to be filled with one value."""
-    param.initial_value = value  # type: ignore[attr-defined]
+def constant(param: P, value: float | tuple[float, ...]) -> P:
+    """Marks a parameter to be filled with one value, or with these."""
+    param.initial_value = torch.tensor(value)  # type: ignore[attr-defined]
     return param
 
 
@@ -46,7 +46,7 @@ def initialize(model: nn.Module, seed: int) -> None:
     for name, param in whole_names(model).items():
         value = getattr(param, "initial_value", None)
         if value is not None:
-            param.fill_(value)
+            param.copy_(value)
             continue
         shard: Shard | None = getattr(param, "shard", None)
         drawn = _draw(seed, name, torch.Size(whole_shape(param)))

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
-from megakrause.models.attention import Cache, Sequence, marked
-from megakrause.models.block import Block
+from megakrause.models.attention import Sequence, marked
+from megakrause.models.block import Block, LayerCache
 from megakrause.models.init import normal
 from megakrause.models.layout import Layout
 from megakrause.models.norm import RMSNorm
@@ -21,7 +21,7 @@ from megakrause.parallel.vocab import VocabParallelEmbedding
 class ModelCache:
     """The layers' caches and how many positions went through them."""
 
-    def __init__(self, layers: list[Cache]):
+    def __init__(self, layers: list[LayerCache]):
         self.layers = layers
         self.position = 0
 

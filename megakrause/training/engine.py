@@ -190,8 +190,8 @@ class Engine:
         self._state.load_fragments(self._engine, checkpoint.read, checkpoint.state["optimizer_steps"])
 
     def load_weights(self, weights: Weights) -> None:
-        """Takes weights alone."""
-        self._state.load_weights(self._engine, weights.read)
+        """Takes weights alone, of the parameters that are there; the others stay as they are."""
+        self._state.load_weights(self._engine, weights.read, weights.shapes)
 
 
 def _for_pipeline(batch: TokenBatch) -> tuple[Any, tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ DeepSpeed's internals; whatever is not public is reached through `_internal`, wh
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +109,11 @@ def load_fragments(engine: DeepSpeedEngine, read: Read, step: int) -> None:
 
 
 @torch.no_grad()
-def load_weights(engine: DeepSpeedEngine, read: Read) -> None:
+def load_weights(engine: DeepSpeedEngine, read: Read, names: Container[str] | None = None) -> None:
     """Fill the master weights, and with them the live parameters that the model computes with; leave Adam alone.
 
-    `read`, the collective and the errors are those of `load_fragments`; only the kind "master" is asked for.
+    `read`, the collective and the errors are those of `load_fragments`; only the kind "master" is asked for, and only
+    of the parameters `names`. None: of all.
     """
     optimizer = engine.optimizer
     zero3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
@@ -122,6 +123,8 @@ def load_weights(engine: DeepSpeedEngine, read: Read) -> None:
             parameter.ds_secondary_tensor = None
 
     for piece in _pieces(engine):
+        if names is not None and piece.name not in names:
+            continue
         _fill(piece.values, read, piece, "master")
         if zero3:
             _internal(piece.parameter, "ds_tensor").data[: piece.numel].copy_(piece.values)

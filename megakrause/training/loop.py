@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megakrause.batch import TokenBatch
 from megakrause.checkpoint.files import write_bytes
-from megakrause.checkpoint.model import check_shapes
+from megakrause.checkpoint.model import StartingWeights
 from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import Checkpoint, newest_checkpoint
 from megakrause.checkpoint.saver import Saver
@@ -78,8 +78,7 @@ class Trainer:
         self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
-            start = find_weights(config.train.init_from, mesh.world)
-            check_shapes(start, config.model)
+            start = StartingWeights(find_weights(config.train.init_from, mesh.world), config.model)
         # 2. The output folder, which is this run's alone from now on.
         self.locks = mesh.world.together(lambda: self._prepare_output(checkpoint) if mesh.is_main else [])
         # 3. The engine, and who writes its state.

@@ -13,15 +13,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from megakrause.checkpoint.fragment import Box
-from megakrause.checkpoint.model import load_model
+from megakrause.checkpoint.model import StartingWeights, load_model
+from megakrause.checkpoint.place import open_folder
 from megakrause.checkpoint.read import find_checkpoint
+from megakrause.checkpoint.weights import Piece, Weights
 from megakrause.cli import main
 from megakrause.hf.config import read_config
-from megakrause.hf.imports import import_folder
+from megakrause.hf.imports import import_folder, imported_config, write_weights
 from megakrause.hf.weights import HuggingFaceWeights
 from megakrause.models.build import build_model
 from megakrause.models.init import whole_names, whole_shape
 from megakrause.models.layout import Layout
+from megakrause.models.lm import LanguageModel
 from megakrause.parallel.linear import TensorParallel
 from megakrause.parallel.mesh import Axis
 from tests.training.conftest import CONFIG
@@ -133,9 +136,8 @@ def test_a_run_starts_from_a_folder_in_any_layout(corpus: Path, tmp_path: Path) 
     FAMILIES["here"] = (Qwen2Config, {"vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 4})
     make("here", tmp_path / "hf")
     import_folder(str(tmp_path / "hf"), tmp_path / "ours")
-    shape = ["model.mlp_width=56", "model.kv_heads=none", "model.attention=softmax", "model.window=none"]
-    shape += ["model.top_k=none", "model.qkv_bias=true", "model.norm_eps=1e-6", "model.rope_theta=10000.0"]
-    common = [*shape, "train.steps=3", "optim.eps=1e-3"]
+    softmax = ["model.attention=softmax", "model.window=none", "model.top_k=none"]
+    common = [*QWEN, *softmax, "train.steps=3", "optim.eps=1e-3"]
     train(path, *common, f"train.init_from={tmp_path}/ours", f"output={tmp_path}/a")
     train(path, *common, f"train.init_from={tmp_path}/hf", f"output={tmp_path}/b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -151,6 +153,82 @@ def test_a_run_starts_from_a_folder_in_any_layout(corpus: Path, tmp_path: Path) 
     printed, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, printed
     assert losses(tmp_path / "c") == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
+
+
+QWEN = ["model.mlp_width=56", "model.kv_heads=none", "model.qkv_bias=true", "model.norm_eps=1e-6"]
+
+
+def test_a_krause_branch_starts_as_the_softmax_branch_in_any_layout(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.format(data=corpus, folder=tmp_path))
+    FAMILIES["here"] = (Qwen2Config, {"vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 4})
+    make("here", tmp_path / "hf")
+    common = [*QWEN, "model.attention=dual", "optim.eps=1e-3", f"train.init_from={tmp_path}/hf"]
+    still = ["train.steps=1", "optim.lr=1e-30", "optim.weight_decay=0"]  # that changes no weight
+    train(path, *common, *still, f"output={tmp_path}/start")
+    plain = HuggingFaceWeights(tmp_path / "hf", tied=False)
+    start = find_checkpoint(tmp_path / "start")
+    assert len(plain.shapes) < len(start.shapes)
+    for name, shape in start.shapes.items():
+        weight, source = start.weights(name), name.replace("attention.krause.", "attention.")
+        if source in plain.shapes:
+            assert torch.equal(weight, plain.weights(source)), name
+        elif name.endswith("log_sigma"):
+            torch.testing.assert_close(weight.exp(), torch.full(shape, 2.5))
+        elif name.endswith("gate.bias"):
+            torch.testing.assert_close(weight.softmax(0), torch.tensor([0.8, 0.2]))
+        else:
+            assert name.endswith("gate.weight") and 0.005 < weight.std() < 0.02
+
+    train(path, *common, "train.steps=3", f"output={tmp_path}/one")
+    layouts = {"tp2 pp2": ["parallel.tp=2", "parallel.pp=2"], "zero 3": ["parallel.zero=3"]}
+    for name, layout in layouts.items():
+        ranks = 2 * len(layout)
+        launcher = start_script(path, *common, "train.steps=3", *layout, f"output={tmp_path}/{name}", ranks=ranks)
+        printed, _ = launcher.communicate(timeout=240)
+        assert launcher.returncode == 0, printed
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "one")[-1] < losses(tmp_path / "one")[0]
+
+
+@torch.no_grad()
+def test_a_dual_model_goes_out_and_comes_in_again(tmp_path: Path) -> None:
+    make("qwen3", tmp_path / "hf")
+    model, _ = read_config(tmp_path / "hf")
+    model = model.model_copy(update={"attention": "dual", "window": 16, "top_k": 8, "sigma": 5.5})
+    weights = StartingWeights(HuggingFaceWeights(tmp_path / "hf", tied=False), model)
+    ours = build_model(model, seed=0)
+    for name, param in ours.named_parameters():
+        if name in weights.shapes:
+            param.copy_(weights.weights(name))
+        param.add_(torch.randn_like(param) * 0.05)  # so that the branches differ
+    save(ours, tmp_path / "run")
+    assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert main(["convert", "from-hf", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    before, after = find_checkpoint(tmp_path / "run"), find_checkpoint(tmp_path / "back")
+    assert before.shapes == after.shapes
+    assert all(torch.equal(before.weights(name), after.weights(name)) for name in before.shapes)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    prompt = tokens(theirs)[:1, :5]
+    generated = theirs.generate(prompt, max_new_tokens=60, do_sample=False)
+    assert generated.shape == (1, 65)
+    for position in range(5, 65):
+        assert generated[0, position] == ours(generated[:, :position])[0, -1].argmax()
+
+
+def save(model: LanguageModel, out: Path) -> None:
+    """As a checkpoint of step 0."""
+
+    class InMemory(Weights):
+        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}  # type: ignore[assignment]
+
+        def pieces(self, name: str, kind: str) -> list[Piece]:
+            raise NotImplementedError
+
+        def read(self, name: str, *_: Any) -> torch.Tensor:
+            return model.get_parameter(name).detach().flatten()
+
+    write_weights(InMemory(open_folder(out)), imported_config(model.config, "none", out, 100), None, out)
 
 
 # ---- what cannot be read

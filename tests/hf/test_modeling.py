@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "softmax window": {"attention": "softmax_window"},
     "all kinds": {"attention": ["softmax_window", "krause", "softmax"]},
     "softmax first": {"attention": ["softmax", "krause", "softmax"], "qkv_bias": True},
+    "dual": {"attention": "dual"},
+    "dual between others": {"attention": ["krause", "dual", "softmax"], "qkv_bias": True, "qk_norm": True},
     "no selection": {"top_k": None, "kv_heads": None},
     "selection of all": {"top_k": 20, "kv_heads": 1},
     "nearest only": {"top_k": 1, "tie_embeddings": True},

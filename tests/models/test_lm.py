@@ -29,6 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax window": dict(attention="softmax_window"),
     "mixed": dict(attention=["krause", "softmax", "krause"]),
     "all kinds": dict(attention=["softmax_window", "krause", "softmax"]),
+    "dual": dict(attention="dual"),
+    "dual between others": dict(attention=["softmax", "dual", "krause"], qkv_bias=True, qk_norm=True),
     "whole window": dict(top_k=None, sigma=1.0),
     "learned positions": dict(positions="learned", max_positions=64),
     "window of one": dict(window=1, top_k=None),
@@ -117,7 +119,7 @@ def test_learned_positions_run_out_with_a_clear_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", ["krause", "softmax", "softmax_window", ["softmax", "krause", "softmax_window"]], ids=str
+    "attention", ["krause", "softmax", "softmax_window", "dual", ["softmax", "krause", "softmax_window"]], ids=str
 )
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 @torch.no_grad()
@@ -254,16 +256,19 @@ def test_parameters_are_counted() -> None:
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, WINDOW, 50])
-@pytest.mark.parametrize("attention", ["krause", "softmax", ["softmax", "krause", "softmax"]], ids=str)
+@pytest.mark.parametrize("attention", ["krause", "softmax", ["softmax", "krause", "dual"]], ids=str)
 def test_operations_are_counted(seq_len: int, attention: Any) -> None:
     config = make_config(attention=attention, head_dim=6)
     total = 0  # multiplications of one forward pass over a sequence
     for i in range(seq_len):
         total += 16 * VOCAB
         for kind in config.attention_of_layers:
-            total += 16 * (4 * 6) + 2 * 16 * (2 * 6) + (4 * 6) * 16 + 3 * 16 * 24
-            seen = min(i + 1, WINDOW) if kind == "krause" else i + 1
-            total += 2 * 4 * 6 * seen  # scores, and weights times values
+            total += 3 * 16 * 24
+            for branch in {"dual": ["softmax", "krause"]}.get(kind, [kind]):
+                total += 16 * (4 * 6) + 2 * 16 * (2 * 6) + (4 * 6) * 16
+                seen = min(i + 1, WINDOW) if branch == "krause" else i + 1
+                total += 2 * 4 * 6 * seen  # scores, and weights times values
+            total += 2 * 32 if kind == "dual" else 0  # the gate
     assert flops_per_token(config, seq_len) == pytest.approx(3 * 2 * total / seq_len, rel=1e-12)
     assert flops_per_token(config.model_copy(update={"tie_embeddings": True}), seq_len) == flops_per_token(
         config, seq_len

@@ -29,7 +29,7 @@ SETTINGS: dict[str, list[Any]] = {
     "sequence_parallel": [False, True],
     "recompute": ["none", "selective", "full"],
     "kv_heads": [16, 8, 2, 1],
-    "attention": ["krause", "softmax", "krause+softmax_window", "softmax+krause"],
+    "attention": ["krause", "softmax", "krause+softmax_window", "softmax+krause", "dual"],
     "window": [5, 9],  # of a rank's 6 positions with cp = 4: one neighbour, or two
     "tie_embeddings": [False, True],
     "positions": ["rope", "learned"],

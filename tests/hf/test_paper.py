@@ -1,0 +1,119 @@
+"""Whole language models of the published implementation: logits, loss and every gradient (tests/golden/README.md)."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from megakrause.checkpoint.model import load_model
+from megakrause.checkpoint.read import find_checkpoint
+from megakrause.cli import main
+from megakrause.hf.paper import our_name
+from tests.hf.test_import import Canary
+from tests.ops.test_golden import TOLERANCE, read
+
+MODELS = ["llama_dual_tiny", "qwen_dual_tiny"]
+
+
+def write(name: str, folder: Path, form: str) -> tuple[list[str], dict[str, Tensor]]:
+    """A golden model in the published format. Returns what `from-paper` needs to read it, and the golden tensors."""
+    tensors, hyper = read(name)
+    state = {key.removeprefix("param."): t for key, t in tensors.items() if key.startswith("param.")}
+    source = folder / f"state.{form}"
+    match form:
+        case "safetensors":
+            save_file(state, source)
+        case "pt":
+            torch.save({"model": {f"module.{key}": t for key, t in state.items()}, "epoch": 2}, source)
+        case "folder":
+            source.mkdir()
+            parts = {f"{i}.safetensors": dict(list(state.items())[i::2]) for i in range(2)}
+            for file, part in parts.items():
+                save_file(part, source / file)
+            index = {"weight_map": {key: file for file, part in parts.items() for key in part}}
+            (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(hyper["config"])
+    krause = json.loads(hyper["krause"])
+    options = ["--window", str(krause["window_size"]), "--top-k", str(krause["top_k"])]
+    return [str(source), str(folder / "ours"), "--config", str(folder / "config.json"), *options], tensors
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "folder"])
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_model(name: str, form: str, tmp_path: Path) -> None:
+    arguments, expected = write(name, tmp_path, form)
+    assert main(["convert", "from-paper", *arguments]) == 0
+    model = load_model(find_checkpoint(tmp_path / "ours"))
+    tokens = expected["tokens"]
+    logits = model(tokens)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    found: dict[str, Any] = {"output": logits, "loss": loss.view(1)}
+    gradients = {name: param.grad for name, param in model.named_parameters()}
+    theirs = {our_name(key.removeprefix("grad.")): key for key in expected if key.startswith("grad.")}
+    assert theirs.keys() == gradients.keys()
+    found |= {theirs[name]: gradient for name, gradient in gradients.items()}
+    for key, value in found.items():
+        wanted = expected[key].view(value.shape)
+        assert (value - wanted).norm() <= TOLERANCE * wanted.norm(), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_golden_model_with_a_cache(name: str, tmp_path: Path) -> None:
+    """Which the published code computes otherwise than without."""
+    arguments, expected = write(name, tmp_path, "safetensors")
+    assert main(["convert", "from-paper", *arguments]) == 0
+    model = load_model(find_checkpoint(tmp_path / "ours"))
+    cache, parts = model.new_cache(), expected["tokens"].split([7, *[1] * 20, 13], dim=1)
+    logits = torch.cat([model(part, cache=cache) for part in parts], dim=1)
+    assert (logits - expected["output"]).norm() <= TOLERANCE * expected["output"].norm()
+
+
+def test_golden_model_goes_out_to_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    arguments, expected = write("llama_dual_tiny", tmp_path, "safetensors")
+    assert main(["convert", "from-paper", *arguments]) == 0
+    assert main(["convert", "to-hf", str(tmp_path / "ours"), str(tmp_path / "hf")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    logits = model(expected["tokens"]).logits
+    assert (logits - expected["output"]).norm() <= TOLERANCE * expected["output"].norm()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a pickle that runs code", "cannot read"),
+        ("no state dict", "holds no state dict"),
+        ("another model", "has no counterpart"),
+        ("a layer more in the config", "blocks.2.attention_norm.weight is not there in it"),
+        ("no config", "config.json: "),
+    ],
+)
+def test_what_cannot_be_read(how: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, _ = write("llama_dual_tiny", tmp_path, "pt")
+    source, config = Path(arguments[0]), tmp_path / "config.json"
+    match how:
+        case "a pickle that runs code":
+            source.write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+        case "no state dict":
+            torch.save({"a": [1, 2]}, source)
+        case "another model":
+            torch.save({"transformer.wte.weight": torch.zeros(3)}, source)
+        case "a layer more in the config":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+        case "no config":
+            config.unlink()
+    assert main(["convert", "from-paper", *arguments]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert said in line
+    assert not (tmp_path / "canary").exists() and not (tmp_path / "ours").exists()
