@@ -35,6 +35,33 @@ class RopeScaling(Section):
     original_positions: int = Field(default=8192, gt=0, description="length that the model was trained on at first")
 
 
+Projection = Literal["query", "key", "value", "output"]
+AdapterTarget = (
+    Projection
+    | Literal["attention.query", "attention.key", "attention.value", "attention.output"]
+    | Literal["krause.query", "krause.key", "krause.value", "krause.output", "gate", "up", "down"]
+)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights (models/lora.py). Trained are the adapters and, of Krause attention, the
+    widths of the kernels and the gates of dual layers."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(gt=0, description="an adapter's output is multiplied by alpha / rank")
+    rank_stabilized: bool = Field(default=False, description="by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    targets: list[AdapterTarget] = Field(
+        default=["query", "key", "value", "output"],
+        min_length=1,
+        description="projections with an adapter: query, key, value, output of both branches of a dual layer; of one "
+        "with attention. or krause. before it; gate, up, down of the MLP",
+    )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
 class ModelConfig(Section):
     """A decoder language model of the Llama kind; each layer's attention is Krause, softmax, windowed softmax, or dual:
     softmax with a Krause branch beside it (models/dual.py)."""
@@ -66,6 +93,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     vocab_size: int | None = Field(default=None, gt=0, description="default: the tokenizer's")
     init_std: float = Field(default=0.02, gt=0)
+    lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def check(self) -> ModelConfig:
@@ -92,6 +120,10 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.window is missing; krause, dual and softmax_window layers need one, such as model.window = 128"
             )
+        targets = [] if self.lora is None else self.lora.targets
+        odd = [target for target in targets if target.startswith("krause.")]
+        if odd and "dual" not in self.attention_of_layers:
+            raise ValueError(f"model.lora.targets has {odd[0]!r}; only dual layers have a Krause branch")
         if self.positions == "learned" and self.max_positions is None:
             raise ValueError("model.max_positions is missing; learned positions need one, at least train.seq_len")
         return self

@@ -22,7 +22,7 @@ from megakrause.config_file import parse_config
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.models.build import flops_of_layers, whole_shapes
-from megakrause.models.cost import ModelCost, StateBytes, measure, state_bytes
+from megakrause.models.cost import ModelCost, measure, state_bytes
 from megakrause.models.layout import balanced_stages
 from megakrause.table import table
 
@@ -131,17 +131,20 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = N
         layers = range(sum(counts[:stage]), sum(counts[:stage]) + count)
         last = stage == pp - 1
         parts = [*[cost.embedding] * (stage == 0), *(cost.blocks[i] for i in layers), *[cost.head] * last]
-        shapes = [shape for part in parts for shape in part.shapes]
+        params = [param for part in parts for param in zip(part.shapes, part.frozen, strict=True)]
         if model.tie_embeddings and pp == 1:
-            shapes.remove(cost.embedding.shapes[0])  # one matrix, used twice
-        state = state_bytes(config, shapes, dp * cp)
+            params.remove((cost.embedding.shapes[0], cost.embedding.frozen[0]))  # one matrix, used twice
+        shapes = [shape for shape, frozen in params if not frozen]
+        still = [shape for shape, frozen in params if frozen]
+        state = state_bytes(config, shapes, dp * cp, still)
         kept = sum(part.bytes[level].saved for part in parts)
         kept += cost.stream * ((stage > 0) + (not last))  # what DeepSpeed keeps of what comes in and goes out
         kept *= micro * min(accumulation, pp - stage)
         again = max(cost.blocks[i].bytes["none"].saved - cost.blocks[i].bytes[level].saved for i in layers) * micro
         logits = cost.logits * micro * last
         states.append(state)
-        parameters.append(sum(math.prod(shape) for shape in shapes))
+        parameters.append(sum(math.prod(shape) for shape, _ in params))
+        trained = sum(map(math.prod, shapes))
         memories.append(Memory(state.weights, state.gradients, state.optimizer, kept, again, logits, state.buffers))
         work = sum(flops[i] for i in layers) * (4 / 3 if level == "full" else 1) + flops[-1] * last
         busy.append(max(work * tokens / tp / (gpu.flops * REACHED_FLOPS), count * LEAST_OF_A_BLOCK))
@@ -151,9 +154,11 @@ def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = N
         if pp > 1 and not parallel.sequence_parallel:  # which it puts together again, also for the backward pass
             by_axis["tp"] += cost.stream * (tp - 1) // tp * ((stage > 0) + 2 * (not last))
         sent.append({axis: n * micro * accumulation for axis, n in by_axis.items()})
-        if model.tie_embeddings and pp > 1 and stage in (0, pp - 1):  # the two add up their gradients, in float32
+        if (
+            model.tie_embeddings and model.lora is None and pp > 1 and stage in (0, pp - 1)
+        ):  # the two add up their gradients, in float32
             sent[-1]["pp"] += 4 * math.prod(cost.embedding.shapes[0])
-        sent[-1]["data"] = _data_bytes(config, state, dp * cp, parameters[-1], accumulation)
+        sent[-1]["data"] = _data_bytes(config, dp * cp, trained, parameters[-1], accumulation)
 
     speeds = {"tp": _speed(gpu, tp), "cp": _speed(gpu, tp * cp), "pp": _speed(gpu, gpus if pp > 1 else 1)}
     waits = [sum(s[axis] / accumulation / speed for axis, speed in speeds.items()) for s in sent]
@@ -180,12 +185,12 @@ def _speed(gpu: Gpu, span: int) -> float:
     return REACHED_BYTES * (gpu.within if span <= gpu.per_host else gpu.between)
 
 
-def _data_bytes(config: RunConfig, state: StateBytes, ranks: int, parameters: int, accumulation: int) -> int:
-    """What a rank sends a step to sum gradients, in float32, and to gather weights."""
-    zero, bf16 = config.parallel.zero, config.train.precision == "bf16"
-    share, gradients, weights = (ranks - 1) / ranks, 4 * parameters, (2 if bf16 else 4) * parameters
+def _data_bytes(config: RunConfig, ranks: int, trained: int, parameters: int, accumulation: int) -> int:
+    """What a rank sends a step to sum gradients, in float32, and to gather weights: trained ones; with ZeRO 3, all."""
+    zero, width = config.parallel.zero, 2 if (bf16 := config.train.precision == "bf16") else 4
+    share, gradients, weights = (ranks - 1) / ranks, 4 * trained, width * trained
     if zero == 3:
-        return int(share * accumulation * (gradients + 2 * weights))
+        return int(share * accumulation * (gradients + 2 * width * parameters))
     if zero == 2:  # sums whole buckets and takes its part
         return int(share * (accumulation * 2 * gradients + weights))
     return int(share * (2 * gradients + (weights if zero or bf16 else 0)))

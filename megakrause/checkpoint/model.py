@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from megakrause.checkpoint.fragment import Box
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.checkpoint.weights import Piece, Weights
 from megakrause.config import ModelConfig, RunConfig
@@ -17,6 +18,7 @@ from megakrause.errors import UserError
 from megakrause.models.build import build_model, whole_shapes
 from megakrause.models.dual import is_of_branch, starts_as
 from megakrause.models.lm import LanguageModel
+from megakrause.models.lora import adapter_names, is_of_adapter
 
 
 def stored_config(checkpoint: Checkpoint) -> RunConfig:
@@ -37,25 +39,72 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model in float32, in evaluation mode. Raises UserError when the checkpoint does not hold all of it."""
-    config = stored_config(checkpoint).model
-    check_shapes(checkpoint, whole_shapes(config))
-    model = build_model(config)
+    """The model in float32, adapters merged into it, in evaluation mode. Raises UserError when the checkpoint does not
+    hold all of it."""
+    weights = MergedWeights(checkpoint)
+    model = build_model(weights.model)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            param.copy_(checkpoint.weights(name))
+            param.copy_(weights.weights(name))
     return model.to(device).eval()
 
 
+class MergedWeights(Weights):
+    """A checkpoint's weights with its adapters merged into them: those of `model`, which has none."""
+
+    def __init__(self, checkpoint: Checkpoint, *, adapters: bool = True):
+        """adapters: False leaves them out. Raises UserError when weights are missing, too many, or of another shape."""
+        super().__init__(checkpoint.folder)
+        config = stored_config(checkpoint).model
+        check_shapes(checkpoint, whole_shapes(config))
+        self._checkpoint, self._lora = checkpoint, config.lora if adapters else None
+        self.model = config.model_copy(update={"lora": None})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in self._checkpoint.shapes.items() if not is_of_adapter(name)}
+
+    def pieces(self, name: str, kind: str) -> list[Piece]:
+        """None where an adapter is merged: it is read whole."""
+        return [] if self._adapter(name) else self._checkpoint.pieces(name, kind)
+
+    def _adapter(self, name: str) -> bool:
+        return self._lora is not None and adapter_names(name)[0] in self._checkpoint.shapes
+
+    def read(
+        self,
+        name: str,
+        kind: str,
+        offset: int,
+        numel: int,
+        box: Box | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the base's; where an adapter is merged, the whole parameter is read for it."""
+        if not self._adapter(name):
+            return super().read(name, kind, offset, numel, box, out)
+        assert self._lora is not None
+        a, b = map(self._checkpoint.weights, adapter_names(name))
+        merged = self._checkpoint.weights(name).addmm(b, a, alpha=self._lora.scale)
+        for dim, (start, size) in enumerate(zip(box.start, box.size, strict=True)) if box is not None else ():
+            merged = merged.narrow(dim, start, size)
+        part = merged.flatten()[offset : offset + numel]
+        return part if out is None else out.copy_(part)
+
+
 class StartingWeights(Weights):
-    """The weights that a new model starts from. They may be of a model without Krause branches: these start as copies
-    of the softmax branches, and what has no counterpart there is not among `shapes`: it starts as its layer says."""
+    """The weights that a new model starts from. They may be of a model without Krause branches or adapters: branches
+    start as copies of the softmax branches, and what has no counterpart is not among `shapes`: it starts as its layer
+    says. Adapters that the new model does not have are merged."""
 
     def __init__(self, weights: Weights, config: ModelConfig):
         """Raises UserError when anything else is missing, too much, or of another shape."""
-        super().__init__(weights._folder)
+        super().__init__(weights.folder)
+        if config.lora is None and isinstance(weights, Checkpoint):
+            weights = MergedWeights(weights)
         self._weights, there, wanted = weights, weights.shapes, whole_shapes(config)
-        new = set() if any(map(is_of_branch, there)) else set(filter(is_of_branch, wanted))
+        lacking = [kind for kind in (is_of_branch, is_of_adapter) if not any(map(kind, there))]
+        new = {name for name in wanted if any(kind(name) for kind in lacking)}
         check_shapes(weights, {name: shape for name, shape in wanted.items() if name not in new})
         sources = {name: starts_as(name) if name in new else name for name in wanted}
         self._sources = {name: source for name, source in sources.items() if source in there}
@@ -67,6 +116,17 @@ class StartingWeights(Weights):
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
         return self._weights.pieces(self._sources[name], kind) if name in self._sources else []
+
+    def read(
+        self,
+        name: str,
+        kind: str,
+        offset: int,
+        numel: int,
+        box: Box | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._weights.read(self._sources[name], kind, offset, numel, box, out)
 
 
 def check_shapes(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:

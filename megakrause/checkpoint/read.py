@@ -53,7 +53,7 @@ class Checkpoint(Weights):
     def verify(self, axis: Axis = ALONE) -> str | None:
         """What is wrong, in words, or None. The ranks of the axis share the work and learn the same."""
         share = self.files[axis.rank :: axis.size]
-        problems = axis.together(lambda: [check_file(self._folder, record) for record in share])
+        problems = axis.together(lambda: [check_file(self.folder, record) for record in share])
         found = axis.gather_objects([p for p in problems if p is not None])
         return next((p for part in found for p in part), None)
 
@@ -83,7 +83,7 @@ class Checkpoint(Weights):
     def content(self, name: str) -> bytes:
         """One of its small files. Raises UserError."""
         try:
-            return self._folder.read(name)
+            return self.folder.read(name)
         except OSError as error:
             raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
 

@@ -78,7 +78,7 @@ class Weights(ABC):
     """Parameters by our names. Whoever needs a part of one reads that part and no more."""
 
     def __init__(self, folder: Folder):
-        self._folder, self.path = folder, folder.path
+        self.folder, self.path = folder, folder.path
         self._open: dict[str, TensorFile] = {}
 
     @property
@@ -94,7 +94,7 @@ class Weights(ABC):
         """One of the files that pieces name. Raises UserError."""
         if name not in self._open:
             try:
-                self._open[name] = TensorFile(self._folder, name)
+                self._open[name] = TensorFile(self.folder, name)
             except OSError as error:
                 raise UserError(f"cannot read {self.path}/{name}: {error.strerror}") from error
         return self._open[name]

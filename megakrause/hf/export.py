@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from megakrause.checkpoint.files import flush_folder, tensor_chunks, write_bytes
-from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
+from megakrause.checkpoint.model import MergedWeights, load_model, stored_config, stored_tokenizer
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint
+from megakrause.checkpoint.weights import Weights
 from megakrause.config import ModelConfig, RunConfig
 from megakrause.errors import UserError
 from megakrause.hf import modeling_megakrause
@@ -84,7 +85,7 @@ def _write(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     GenerationConfig(do_sample=False, **special_ids).save_pretrained(folder)
     if isinstance(theirs, MegakrauseConfig):
         shutil.copyfile(modeling_megakrause.__file__, folder / f"{MODELING}.py")
-    _write_weights(source, folder, dtype)
+    _write_weights(MergedWeights(source), folder, dtype)
 
 
 def max_length(config: RunConfig) -> int:
@@ -157,7 +158,7 @@ def _stretched(model: ModelConfig) -> dict[str, Any]:
     return words
 
 
-def _write_weights(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+def _write_weights(source: Weights, folder: Path, dtype: torch.dtype) -> None:
     """One shard in memory at a time. A tied output projection is not stored: the config says it is tied."""
     sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in source.shapes.items()}
     shards = _shards(sizes)

@@ -60,17 +60,17 @@ class HuggingFaceWeights(Weights):
 
     def _names(self) -> list[str]:
         """The files, every one of which the index says to hold something."""
-        if self._folder.exists(INDEX):
+        if self.folder.exists(INDEX):
             try:
-                index: dict[str, Any] = json.loads(self._folder.read(INDEX))
+                index: dict[str, Any] = json.loads(self.folder.read(INDEX))
                 names = sorted(set(index["weight_map"].values()))
             except (OSError, ValueError, KeyError, AttributeError) as error:
                 raise UserError(f"{self.path}/{INDEX} is not readable: {error}") from error
             if odd := [name for name in names if Path(name).name != name]:
                 raise UserError(f"{self.path}/{INDEX} names {odd[0]!r}, which is no file of this folder")
             return names
-        if not self._folder.exists(SINGLE):
-            pickles = self._folder.exists("pytorch_model.bin") or self._folder.exists("pytorch_model.bin.index.json")
+        if not self.folder.exists(SINGLE):
+            pickles = self.folder.exists("pytorch_model.bin") or self.folder.exists("pytorch_model.bin.index.json")
             why = "its .bin files are pickles, which may run code: save it again with safetensors" if pickles else ""
             raise UserError(f"{self.path} has neither {SINGLE} nor {INDEX}{'; ' * bool(why)}{why}")
         return [SINGLE]

@@ -9,6 +9,7 @@ from megakrause.config import ModelConfig
 from megakrause.models.attention import Cache, SelfAttention, Sequence, marked
 from megakrause.models.dual import DualAttention, DualCache
 from megakrause.models.layout import Layout
+from megakrause.models.lora import add_adapters
 from megakrause.models.norm import RMSNorm
 from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -44,6 +45,8 @@ class Block(nn.Module):
         self.attention = DualAttention(config, layout) if kind == "dual" else SelfAttention(config, kind, layout)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, tp.whole)
         self.mlp = SwiGLU(config, layout)
+        if config.lora is not None:
+            add_adapters(self, config.lora, tp.axis)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), sequence, cache)

@@ -26,8 +26,16 @@ def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: whole_shape(param) for name, param in build_model(config).named_parameters()}
 
 
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def trained_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of those of `whole_shapes` that are not frozen."""
+    with torch.device("meta"):
+        named = build_model(config).named_parameters()
+    return {name: whole_shape(param) for name, param in named if param.requires_grad}
+
+
+def count_parameters(model: nn.Module, *, trained: bool = False) -> int:
+    """trained: of those that are not frozen alone."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -36,21 +44,25 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def flops_of_layers(config: ModelConfig, seq_len: int) -> list[float]:
-    """Of each block and of the head, for one token: forward and twice as many backward, products only.
+    """Of each block and of the head, for one token: forward and twice as many backward, products only. Frozen weights
+    have no gradients, and so one product less; what adapters add is not counted.
 
     A query meets at most its layer's `window` keys, or (seq_len + 1) / 2 on average; document masks are not taken into
     account."""
     assert config.vocab_size is not None
     q, kv, width = config.heads * config.head_size, config.num_kv_heads * config.head_size, config.width
 
+    passes = 3 if config.lora is None else 2
+
     def attention(limit: int | None) -> float:
         window = min(limit or seq_len, seq_len)
-        return width * (2 * q + 2 * kv) + 2 * q * (window - window * (window - 1) / (2 * seq_len))
+        scores = 2 * q * (window - window * (window - 1) / (2 * seq_len))
+        return 2 * passes * width * (2 * q + 2 * kv) + 2 * 3 * scores
 
     def block(layer: int) -> float:
-        products = 3 * width * config.mlp_width + attention(config.window_of_layers[layer])
+        flops = 2 * passes * 3 * width * config.mlp_width + attention(config.window_of_layers[layer])
         if config.attention_of_layers[layer] == "dual":
-            products += attention(config.window) + 2 * 2 * width
-        return products
+            flops += attention(config.window) + 2 * 3 * 2 * 2 * width
+        return flops
 
-    return [3 * 2 * block(layer) for layer in range(config.layers)] + [3 * 2 * width * config.vocab_size]
+    return [block(layer) for layer in range(config.layers)] + [2 * passes * width * config.vocab_size]

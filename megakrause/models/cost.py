@@ -18,6 +18,7 @@ from megakrause.models.attention import Sequence
 from megakrause.models.block import Block
 from megakrause.models.layout import Layout, Recompute
 from megakrause.models.lm import Embedding, Head
+from megakrause.models.lora import freeze
 from megakrause.ops.krause_launch import triton_refuses
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import TensorParallel
@@ -65,6 +66,7 @@ class Bytes:
 @dataclass(frozen=True)
 class LayerCost:
     shapes: tuple[tuple[int, ...], ...]  # of this rank's parameters
+    frozen: tuple[bool, ...]  # whether each is
     bytes: dict[Recompute, Bytes]  # by what is computed again
 
 
@@ -99,6 +101,11 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
         share = len(tp.share(length)) if parallel.sequence_parallel else length
         stream = torch.zeros(1, share, model.width, requires_grad=True)
 
+        def run(modules: dict[Recompute, nn.Module], *arguments: Any) -> LayerCost:
+            for module in modules.values() if model.lora is not None else ():
+                freeze(module)
+            return _run(layout, modules, *arguments)
+
         def block(layer: int) -> LayerCost:
             window, kind = model.window_of_layers[layer], model.attention_of_layers[layer]
             kernels = [(model.window or 0, model.top_k)] if kind in ("krause", "dual") else []
@@ -107,14 +114,16 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
             q = torch.empty(1, 1, 1, model.head_size)
             takes = gpu and all(triton_refuses(q, keys, None, top_k) is None for keys, top_k in kernels)
             here = replace(layout, backend="triton" if takes else "auto")
-            made = {level: _Rerun(model, layer, replace(here, recompute=level)) for level in LEVELS}
-            return _run(layout, made, stream, sequence)
+            made: dict[Recompute, nn.Module] = {
+                level: _Rerun(model, layer, replace(here, recompute=level)) for level in LEVELS
+            }
+            return run(made, stream, sequence)
 
         first = {kind: layer for layer, kind in reversed(list(enumerate(model.attention_of_layers)))}
         kinds = {kind: block(layer) for kind, layer in first.items()}
         tokens = torch.zeros(1, length, dtype=torch.int64)
-        embedding = _run(layout, dict.fromkeys(LEVELS, Embedding(model, vocab_size, layout)), tokens, positions)
-        head = _run(layout, dict.fromkeys(LEVELS, Head(model, vocab_size, layout.tp)), stream, length)
+        embedding = run(dict.fromkeys(LEVELS, Embedding(model, vocab_size, layout)), tokens, positions)
+        head = run(dict.fromkeys(LEVELS, Head(model, vocab_size, layout.tp)), stream, length)
     logits = length * len(tp.share(vocab_size)) * dtype.itemsize
     return ModelCost(embedding, tuple(kinds[k] for k in model.attention_of_layers), head, logits, stream.nbytes)
 
@@ -144,10 +153,12 @@ def _run(layout: Layout, modules: Mapping[Recompute, nn.Module], *arguments: Any
         with torch.autograd.graph.saved_tensors_hooks(lambda x, pack=pack: (pack(x), x)[1], lambda x: x):  # type: ignore[misc]
             out = module(*arguments)
         saved = sum(x.untyped_storage().nbytes() for key, x in storages.items() if key not in own)
-        out.sum().backward()
+        if out.requires_grad:
+            out.sum().backward()
         sent = layout.tp.axis.traffic.bytes - tp_bytes, layout.cp.traffic.bytes - cp_bytes
         found[level] = Bytes(saved, *sent)
-    return LayerCost(tuple(tuple(p.shape) for p in module.parameters()), found)
+    params = list(module.parameters())
+    return LayerCost(tuple(tuple(p.shape) for p in params), tuple(not p.requires_grad for p in params), found)
 
 
 @contextmanager
@@ -174,26 +185,30 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 
-def state_bytes(config: RunConfig, shapes: Collection[tuple[int, ...]], ranks: int) -> StateBytes:
-    """Of a rank with parameters of these shapes, on a data axis of so many ranks.
+def state_bytes(
+    config: RunConfig, shapes: Collection[tuple[int, ...]], ranks: int, frozen: Collection[tuple[int, ...]] = ()
+) -> StateBytes:
+    """Of a rank with trained and frozen parameters of these shapes, on a data axis of so many ranks.
 
     ZeRO 1 and 2 cut the parameters that decay, and those that do not, as two wholes, padded to two elements a rank;
     ZeRO 3 cuts each parameter."""
     zero, bf16 = config.parallel.zero, config.train.precision == "bf16"
     zero = max(zero, 1) if bf16 else zero
     width, sizes = 2 if bf16 else 4, list(map(math.prod, shapes))
-    total = sum(sizes)
+    total, still = sum(sizes), sum(map(math.prod, frozen))
     plain = 4 * min(PLAIN_BUCKET, total) if ranks > 1 else 0
     if zero == 0:
-        return StateBytes(4 * total, 4 * total, 8 * total, plain)
+        return StateBytes(4 * (total + still), 4 * total, 8 * total, plain)
     wide = sum(n for n, shape in zip(sizes, shapes, strict=True) if len(shape) > 1)
     padded = sum(-(-n // (2 * ranks)) * 2 * ranks for n in (wide, total - wide))
     part = sum(-(-n // ranks) for n in sizes) if zero == 3 else padded // ranks
     optimizer = 0 if config.parallel.offload else 12 * part
     bucket = 4 * min(REDUCE_BUCKET, total) if ranks > 1 else 0
     if zero == 3:
-        return StateBytes(width * part, 4 * part, optimizer, bucket + width * min(LIVE_PARAMETERS, total))
+        parts = part + sum(-(-math.prod(shape) // ranks) for shape in frozen)
+        live = min(LIVE_PARAMETERS, total + still)
+        return StateBytes(width * parts, 4 * part, optimizer, bucket + width * live)
     gradients = 4 * part if zero == 2 else 4 * total  # before they are summed over the ranks
     if zero == 1 and bf16:  # those of a micro-batch, and their sum
         gradients, bucket = 4 * padded + 2 * total, plain
-    return StateBytes(width * padded, gradients, optimizer, bucket)
+    return StateBytes(width * (padded + still), gradients, optimizer, bucket)

@@ -12,6 +12,7 @@ from megakrause.models.attention import Sequence, marked
 from megakrause.models.block import Block, LayerCache
 from megakrause.models.init import normal
 from megakrause.models.layout import Layout
+from megakrause.models.lora import freeze
 from megakrause.models.norm import RMSNorm
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import ColumnParallelLinear, TensorParallel
@@ -79,6 +80,9 @@ class LanguageModel(nn.Module):
                 self.head.output.weight = self.embedding.tokens.weight
             else:
                 self.head.output.weight.copy_of = "embedding.tokens.weight"  # type: ignore[attr-defined]
+
+        if config.lora is not None:
+            freeze(self)
 
     def forward(
         self, x: Tensor, doc_start: Tensor | None = None, cache: ModelCache | None = None, length: int | None = None

@@ -37,7 +37,20 @@ def sharded(axis: Axis, shape: tuple[int, ...], dim: int) -> nn.Parameter:
     return param
 
 
-class ColumnParallelLinear(nn.Module):
+class AdaptableLinear(nn.Module):
+    """What all have in common: a weight, and perhaps a module that adds to the output what it makes of the input."""
+
+    weight: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter: nn.Module | None = None
+
+    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+class ColumnParallelLinear(AdaptableLinear):
     """y = x W^T + b, of which each rank computes its share of the output features."""
 
     def __init__(self, inputs: int, outputs: int, axis: Axis, *, bias: bool = False):
@@ -47,10 +60,10 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [b, s, inputs], as `TensorParallel.enter` gave it. Returns this rank's share, [b, s, outputs / tp]."""
-        return F.linear(x, self.weight, self.bias)
+        return self._adapted(x, F.linear(x, self.weight, self.bias))
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(AdaptableLinear):
     """y = x W^T, where each rank has its share of the input features."""
 
     def __init__(self, inputs: int, outputs: int, axis: Axis):
@@ -60,10 +73,10 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: this rank's share, [b, s, inputs / tp]. Returns its term of y [b, s, outputs]: `TensorParallel.leave`."""
-        return F.linear(x, self.weight)
+        return self._adapted(x, F.linear(x, self.weight))
 
 
-class PartOfWholeLinear(nn.Module):
+class PartOfWholeLinear(AdaptableLinear):
     """y = x W^T + b, of which each rank computes the given output features, while it holds the whole of W and b: for
     features that several ranks need, such as the key/value heads when there are fewer than ranks."""
 
@@ -77,7 +90,7 @@ class PartOfWholeLinear(nn.Module):
         """x: [b, s, inputs], as `TensorParallel.enter` gave it. Returns [b, s, features]."""
         part = slice(self.features.start, self.features.stop)
         bias = None if self.bias is None else copy(self.bias, self.axis)[part]
-        return F.linear(x, copy(self.weight, self.axis)[part], bias)
+        return self._adapted(x, F.linear(x, copy(self.weight, self.axis)[part], bias))
 
 
 @dataclass(frozen=True)

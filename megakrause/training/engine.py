@@ -60,7 +60,7 @@ class Engine:
         # Its stage 0 would accumulate bf16 gradients in bf16; stage 1 gives the same numbers as a true stage 0.
         bf16 = config.train.precision == "bf16"
         zero: dict[str, Any] = {"stage": max(1, config.parallel.zero) if bf16 else config.parallel.zero}
-        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, count_parameters(model))  # it is held as a buffer
+        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, count_parameters(model, trained=True))  # it is held as a buffer
         if config.parallel.zero == 3:
             zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_PARAMETERS
         if config.parallel.offload:

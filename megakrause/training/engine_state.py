@@ -45,9 +45,9 @@ def fragments(engine: DeepSpeedEngine, owns: Callable[[Parameter], bool] = lambd
     Over the data-parallel group, each element of each (name, kind) comes exactly once. What ZeRO partitions comes from
     its owner; what every rank holds whole (all of ZeRO-0, untrained parameters) the ranks split evenly, so that each
     writes its part of a checkpoint. Of parameters that several model-parallel ranks hold, only those that this one
-    `owns` come. Trained parameters have the kinds "master", "exp_avg" and "exp_avg_sq"; untrained
-    ones only "master", their own values cast to fp32. Before the first step the moments are zeros: loaded back with
-    step 0 they continue exactly as if never saved, and all checkpoints hold the same tensors.
+    `owns` come. Trained parameters have the kinds "master", "exp_avg" and "exp_avg_sq", in fp32; untrained
+    ones only "master", their own values in their own dtype. Before the first step the moments are zeros: loaded back
+    with step 0 they continue exactly as if never saved, and all checkpoints hold the same tensors.
 
     Wherever the engine's memory is fp32 the tensors are views of it: copy them before the next step. The engine is
     left as it was. Nothing here communicates, so ranks need not keep in step.
@@ -68,7 +68,8 @@ def fragments(engine: DeepSpeedEngine, owns: Callable[[Parameter], bool] = lambd
             tensors |= {kind: piece.of(state[kind]) if state else torch.zeros(piece.numel) for kind in MOMENTS}
         box, offset = _box(piece.parameter), piece.offset + first
         for kind, tensor in tensors.items():
-            yield Fragment(piece.name, kind, box.shape, box.start, box.size, offset, tensor[first:end].float())
+            part = tensor[first:end].float() if piece.trained else tensor[first:end]
+            yield Fragment(piece.name, kind, box.shape, box.start, box.size, offset, part)
 
 
 def adam_step(engine: DeepSpeedEngine) -> int:

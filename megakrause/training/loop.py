@@ -29,7 +29,7 @@ from megakrause.data.open import Batches, eval_windows, train_samples
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import Stopped, UserError
 from megakrause.hf.weights import find_weights
-from megakrause.models.build import build_model, flops_per_token, whole_shapes
+from megakrause.models.build import build_model, flops_per_token, trained_shapes, whole_shapes
 from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.checks import check_alike, check_same_data, check_same_run, resolve
@@ -76,6 +76,7 @@ class Trainer:
         if checkpoint is not None:
             check_same_run(checkpoint, config, self.samples, self.tokenizer)
         self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
+        self.trained = sum(map(math.prod, trained_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
             start = StartingWeights(find_weights(config.train.init_from, mesh.world), config.model)
@@ -104,8 +105,11 @@ class Trainer:
             return
         for line in self.samples.describe(self.position, (steps - self.step) * config.train.global_batch):
             self._say(line)
+        what = f"{self.parameters / 1e6:.2f} M parameters"
+        if self.trained < self.parameters:
+            what = f"{self.trained / 1e6:.3f} M of {what} ({self.trained / self.parameters:.2%})"
         self._say(
-            f"training {self.parameters / 1e6:.2f} M parameters on {mesh.world.size} x {mesh.device.type}, "
+            f"training {what} on {mesh.world.size} x {mesh.device.type}, "
             f"{config.train.global_batch} x {config.train.seq_len} tokens a step, steps {self.step + 1} to {steps}"
         )
         if mesh.is_main:

@@ -226,7 +226,7 @@ def test_torchrun_gives_the_losses_of_one_process(one: Path, two: Path) -> None:
     assert losses(two) != losses(one)  # there were two
 
 
-@pytest.mark.parametrize("script", ["deepspeed.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("script", ["deepspeed.sh", pytest.param("slurm.sbatch", marks=pytest.mark.slow)])
 def test_other_launchers_give_the_losses_of_one_process(
     launch: Launcher, script: str, config: Path, tmp_path: Path, one: Path
 ) -> None:

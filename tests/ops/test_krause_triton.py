@@ -50,9 +50,9 @@ def slow_unless(quick: bool) -> Any:
     return () if quick else pytest.mark.slow
 
 
-# All of `make test-full`: three selections in which all pairs meet. `make test` runs one case in eight of them.
+# All of `make test-full`: three selections in which all pairs meet. `make test` runs one case in twenty of them.
 CASES = [Case(**settings) for seed in range(3) for settings in pairwise(SETTINGS, seed)] + WIDE
-CASE_PARAMETERS = [pytest.param(case, id=str(case), marks=slow_unless(i % 8 == 0)) for i, case in enumerate(CASES)]
+CASE_PARAMETERS = [pytest.param(case, id=str(case), marks=slow_unless(i % 20 == 0)) for i, case in enumerate(CASES)]
 
 
 def sdpa_error(tensors: tuple[Tensor, ...], dtype: torch.dtype, options: dict[str, Any]) -> float:
@@ -132,7 +132,7 @@ GRIDS = [
 
 @pytest.mark.parametrize(
     "grid, top_k, dropout",
-    [pytest.param(*g, id=f"{g[0]}-{g[1]}-{g[2]}", marks=slow_unless(i % 3 == 0)) for i, g in enumerate(GRIDS)],
+    [pytest.param(*g, id=f"{g[0]}-{g[1]}-{g[2]}", marks=slow_unless(i % 6 == 0)) for i, g in enumerate(GRIDS)],
 )
 def test_grids_equal_the_reference(grid: Grid, top_k: int | None, dropout: float) -> None:
     heads, kv_heads = [(2, 2), (4, 2), (3, 1)][grid.radius % 3]
@@ -274,7 +274,9 @@ def test_log_sigma_gradient_follows_from_homogeneity(top_k: int | None, kv_heads
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("window", [1, 16, 17, 33])
+@pytest.mark.parametrize(
+    "window", [1, pytest.param(16, marks=pytest.mark.slow), 17, pytest.param(33, marks=pytest.mark.slow)]
+)
 def test_nothing_outside_the_neighbourhood_has_any_influence(window: int, documents: bool) -> None:
     """The gradient of one output with respect to a value is not zero inside and exactly zero outside of it; with
     respect to a key it is exactly zero outside."""

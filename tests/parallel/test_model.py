@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megakrause.batch import TokenBatch
-from megakrause.config import ModelConfig
+from megakrause.config import LoraConfig, ModelConfig
 from megakrause.models.build import build_model
-from megakrause.models.init import whole_names
+from megakrause.models.init import initialize, normal, whole_names
 from megakrause.models.layout import Layout, Recompute
+from megakrause.models.lm import LanguageModel
 from megakrause.ops.cross_entropy import cross_entropy_sum
 from megakrause.parallel.linear import Shard, TensorParallel
 from megakrause.parallel.mesh import Axis, Mesh
@@ -36,10 +37,15 @@ SETTINGS: dict[str, list[Any]] = {
     "qkv_bias": [False, True],
     "vocab_size": [32, 37],
     "documents": [False, True],
+    "lora": [False, True],
 }
 
 
-def model_config(kv_heads: int = 2, vocab_size: int = 37, window: int = 5, **changes: Any) -> ModelConfig:
+def model_config(
+    kv_heads: int = 2, vocab_size: int = 37, window: int = 5, lora: bool = False, **changes: Any
+) -> ModelConfig:
+    if lora:
+        changes["lora"] = LoraConfig(rank=3, alpha=5.0, targets=["query", "key", "value", "output", "gate", "down"])
     return ModelConfig(
         **dict(layers=2, width=24, heads=16, head_dim=6, mlp_width=30, top_k=3, max_positions=LENGTH + 2, init_std=0.3)
         | dict(kv_heads=kv_heads, vocab_size=vocab_size, window=window)
@@ -54,19 +60,31 @@ def batch(vocab_size: int, documents: bool) -> TokenBatch:
     return TokenBatch(tokens[:, :-1], tokens[:, 1:], mask, starts if documents else None)
 
 
+def make_model(config: ModelConfig, layout: Layout | None = None) -> LanguageModel:
+    """With adapters that add something, which new ones do not."""
+    model = build_model(config, None, layout)
+    for name, param in model.named_parameters():
+        if name.endswith("adapter.b"):
+            del param.initial_value
+            normal(param, 0.3)
+    initialize(model, 0)
+    return model.double()
+
+
 def gradients(mesh: Mesh, config: ModelConfig, documents: bool, sequence_parallel: bool, recompute: Recompute) -> Any:
-    """The loss, and (value, gradient, its place in the whole) of every parameter of this rank."""
+    """The loss, and (value, gradient, its place in the whole) of every trained parameter of this rank."""
     layout = Layout(TensorParallel(mesh.tp, sequence_parallel), mesh.cp, recompute=recompute)
-    model = build_model(config, 0, layout).double()
+    model = make_model(config, layout)
     assert config.vocab_size is not None
     share = mesh.cp.share(LENGTH)
     mine = batch(config.vocab_size, documents).at(slice(share.start, share.stop))
     logits = model(mine.tokens, mine.doc_start)
     loss = vocab_parallel_cross_entropy_sum(logits, mine.targets, mine.loss_mask, mesh.tp, config.vocab_size)
     loss.backward()
-    for param in model.parameters():
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    for _, param in named:
         mesh.cp.sum(param.grad)
-    named = model.named_parameters()
+    assert all(param.grad is None for param in model.parameters() if not param.requires_grad)
     found = {n: (p.detach(), p.grad, getattr(p, "shard", None)) for n, p in named}
     return mesh.cp.sum(loss.detach()), found if mesh.cp.rank == 0 else None
 
@@ -115,7 +133,7 @@ def check_against_one_process(
 ) -> None:
     kinds = attention.split("+")
     config = model_config(attention=kinds * (2 // len(kinds)), **settings)
-    model = build_model(config, 0).double()
+    model = make_model(config)
     assert config.vocab_size is not None
     given = batch(config.vocab_size, documents)
     expected = cross_entropy_sum(model(given.tokens, given.doc_start), given.targets, given.loss_mask)
@@ -124,8 +142,10 @@ def check_against_one_process(
     results = pool.run_mesh((1, 1, cp, tp), gradients, config, documents, sequence_parallel, recompute)
     for loss, _ in results:
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
-    largest = max(float(param.grad.abs().max()) for param in model.parameters())
-    for name, param in model.named_parameters():
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    assert (len(trained) < len(list(model.parameters()))) == (config.lora is not None)
+    largest = max(float(param.grad.abs().max()) for param in trained.values())
+    for name, param in trained.items():
         values, grads, shards = zip(*(found[name] for _, found in results[:tp]), strict=True)
         assert torch.equal(whole(values, shards, name), param), f"initial {name}"
         assert param.grad is not None and param.grad.abs().max() > 0

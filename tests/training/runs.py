@@ -78,6 +78,6 @@ def state(output: Path) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = find_checkpoint(output)
     result = {}
     for name, shape in checkpoint.shapes.items():
-        for kind in KINDS:
+        for kind in checkpoint.kinds(name):
             result[name, kind] = checkpoint.read(name, kind, 0, torch.Size(shape).numel())
     return result

@@ -55,7 +55,7 @@ def wait_for_steps(launcher: subprocess.Popen[str], output: Path, count: int) ->
         (signal.SIGKILL, "parallel.zero=1", 30),
         (signal.SIGKILL, "parallel.pp=2", 30),
         # Stopped processes cannot end by SIGTERM, and torchrun gives them 30 s.
-        (signal.SIGSTOP, "parallel.tp=2", TIMEOUT + 30 + 30),
+        pytest.param(signal.SIGSTOP, "parallel.tp=2", TIMEOUT + 30 + 30, marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, "parallel.cp=2", TIMEOUT + 30 + 30, marks=pytest.mark.slow),
     ],
 )
