@@ -133,13 +133,20 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
         from megakrause.hf.export import export
 
-        difference = export(arguments.checkpoint, arguments.out, getattr(torch, arguments.dtype))
+        dtype = getattr(torch, arguments.dtype)
+        difference = export(arguments.checkpoint, arguments.out, dtype, adapters=not arguments.without_adapters)
         print(f"{arguments.out}: reloaded; largest logit difference {difference:.2e}")
 
     def from_hf(arguments: argparse.Namespace) -> None:
         from megakrause.hf.imports import import_folder
 
         print(f"{arguments.out}: {import_folder(arguments.folder, arguments.out)}")
+
+    def to_peft(arguments: argparse.Namespace) -> None:
+        from megakrause.hf.adapter import export_adapter
+
+        difference = export_adapter(arguments.checkpoint, arguments.base, arguments.out)
+        print(f"{arguments.out}: reloaded on {arguments.base}; largest logit difference {difference:.2e}")
 
     def from_paper(arguments: argparse.Namespace) -> None:
         from megakrause.hf.paper import import_state_dict
@@ -161,6 +168,25 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "out", metavar="OUT", type=Path, help="folder to write; must not exist, or be an earlier export"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    parser.add_argument(
+        "--without-adapters", action="store_true", help="leave them out instead of merging them: a base for to-peft"
+    )
+
+    parser = _command(
+        converters,
+        "to-peft",
+        "Write the adapters of a checkpoint as a PEFT folder, put it on its base and compare the logits.",
+        "  megakrause convert to-peft runs/lora Llama-3.2-1B adapter\n"
+        "  then: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('Llama-3.2-1B'), 'adapter')\n"
+        "of a model with Krause branches, whose gates are trained, too, first:\n"
+        "  megakrause convert to-hf runs/lora base --without-adapters",
+        to_peft,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")
+    parser.add_argument("base", metavar="BASE", type=Path, help="Hugging Face folder that the adapters were trained on")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder to write; must not exist, or be an earlier export"
+    )
 
     parser = _command(
         converters,

@@ -38,10 +38,10 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return Tokenizer(files, checkpoint.path)
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model in float32, adapters merged into it, in evaluation mode. Raises UserError when the checkpoint does not
-    hold all of it."""
-    weights = MergedWeights(checkpoint)
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", *, adapters: bool = True) -> LanguageModel:
+    """The model in float32, adapters merged into it or left out, in evaluation mode. Raises UserError when the
+    checkpoint does not hold all of it."""
+    weights = MergedWeights(checkpoint, adapters=adapters)
     model = build_model(weights.model)
     with torch.no_grad():
         for name, param in model.named_parameters():

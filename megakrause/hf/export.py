@@ -14,11 +14,13 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +41,7 @@ from megakrause.hf import modeling_megakrause
 from megakrause.hf.modeling_megakrause import MegakrauseConfig
 from megakrause.hf.names import to_hf
 from megakrause.hf.tokenizer import write_tokenizer
+from megakrause.models.lm import LanguageModel
 
 MARKER = "megakrause_export.json"
 MODELING = "modeling_megakrause"
@@ -48,13 +51,28 @@ SHARD_SIZE = 5 * 10**9  # bytes
 LONGEST = 2**17
 
 
-def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32) -> float:
+def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32, *, adapters: bool = True) -> float:
     """Writes OUT with weights of a dtype, reloads it with transformers and compares the logits with our own model's.
 
-    Returns the largest absolute difference. OUT appears by a rename, whole and compared; an earlier export is moved
-    out of its way just before. Raises UserError when OUT is anything else, when there is no sound checkpoint, when its
-    tokenizer has no exact form in Hugging Face's format, or when the logits differ."""
+    adapters: merged into the weights, or left out. Returns the largest absolute difference. Raises UserError when OUT
+    is there and no earlier export, when there is no sound checkpoint, when its tokenizer has no exact form in Hugging
+    Face's format, or when the logits differ."""
     source = find_checkpoint(checkpoint)
+    with staged(out, source.step) as (folder, marker):
+        _write(source, folder, dtype, adapters)
+        model = load_model(source, adapters=adapters)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.copy_(param.to(dtype))
+        difference = compare_logits(model, lambda: load_float64(folder, trust_remote_code=True), source.path)
+        marker["max_logit_difference"] = difference
+    return difference
+
+
+@contextmanager
+def staged(out: Path, step: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder to write and what its marker will say. OUT appears by a rename, whole; an earlier export is moved out of
+    its way just before. Raises UserError when OUT is anything else."""
     out = out.resolve()
     if out.exists() and not (out / MARKER).is_file():
         raise UserError(f"{out} exists and is no earlier export; remove it or name another folder")
@@ -62,19 +80,17 @@ def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32) -> fl
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         folder.mkdir()
-        _write(source, folder, dtype)
-        difference = _compare(source, folder, dtype)
-        marker = {"format": 1, "step": source.step, "max_logit_difference": difference}
+        marker: dict[str, Any] = {"format": 1, "step": step}
+        yield folder, marker
         (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         flush_folder(folder)
         if out.exists():
             out.rename(Path(temporary) / "earlier")
         folder.rename(out)
         flush_folder(out.parent)
-    return difference
 
 
-def _write(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+def _write(source: Checkpoint, folder: Path, dtype: torch.dtype, adapters: bool) -> None:
     config = stored_config(source)
     limit = max_length(config)
     special_ids: dict[str, int] = {}
@@ -85,7 +101,7 @@ def _write(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     GenerationConfig(do_sample=False, **special_ids).save_pretrained(folder)
     if isinstance(theirs, MegakrauseConfig):
         shutil.copyfile(modeling_megakrause.__file__, folder / f"{MODELING}.py")
-    _write_weights(MergedWeights(source), folder, dtype)
+    _write_weights(MergedWeights(source, adapters=adapters), folder, dtype)
 
 
 def max_length(config: RunConfig) -> int:
@@ -188,17 +204,21 @@ def _shards(sizes: dict[str, int]) -> list[list[str]]:
     return shards
 
 
+def load_float64(folder: Path, *, trust_remote_code: bool) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, dtype=torch.float64
+    )
+    return model
+
+
 @torch.no_grad()
-def _compare(source: Checkpoint, folder: Path, dtype: torch.dtype) -> float:
-    """The largest absolute difference of logits, on random tokens that reach beyond two windows.
+def compare_logits(model: LanguageModel, reload: Callable[[], Any], path: str) -> float:
+    """The largest absolute difference of logits, on random tokens that reach beyond two windows. `model` is used up.
 
     In float64: the choice of the top_k keys is discontinuous, and where two keys are as near as float32 can tell, the
     same sums in another order keep another key. Our modelling file does our model's arithmetic, and may differ by less
     than the largest logit's last bit in float32. Llama and Qwen2 take norms in float32 and round the frequencies of
-    rotation otherwise: they may differ by 4 times what that does to our own model."""
-    model = load_model(source)
-    for param in model.parameters():
-        param.copy_(param.to(dtype))
+    rotation otherwise: they may differ by 4 times what that does to our own model. Raises UserError for more."""
     config = model.config
     length = max(64, 2 * (config.window or 0) + 2)
     if config.positions == "learned":
@@ -209,16 +229,15 @@ def _compare(source: Checkpoint, folder: Path, dtype: torch.dtype) -> float:
     rounded: Tensor = model(tokens)
     model.config = config
     expected: Tensor = model.double()(tokens)
-    del model
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    reloaded = reload()
     difference = float((reloaded(tokens).logits - expected).abs().max())
-    if isinstance(reloaded.config, LlamaConfig | Qwen2Config | Qwen3Config):
-        tolerance = 4 * float((rounded - expected).abs().max())
-    else:
+    if reloaded.config.model_type == MegakrauseConfig.model_type:
         tolerance = eps * float(expected.abs().max())
+    else:
+        tolerance = 4 * float((rounded - expected).abs().max())
     if not difference <= tolerance:  # nor if it is NaN
         raise UserError(
-            f"{source.path}: logits of the reloaded export differ by {difference:.1e}, more than the {tolerance:.1e} "
+            f"{path}: logits of the reloaded export differ by {difference:.1e}, more than the {tolerance:.1e} "
             "that rounding explains; nothing was written"
         )
     return difference
