@@ -7,6 +7,7 @@ import os
 import sys
 
 from megakrause.data.inputs import INPUT_HELP, SUFFIX_HELP, SUFFIXES
+from megakrause.data.instructions import Instructions
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import run_command
@@ -19,6 +20,10 @@ EXAMPLES = """examples:
       --tokenizer tokenizer.model --output data/stories
   python data_prep/tokenize_text.py --input hf:HuggingFaceFW/fineweb-edu:sample-10BT@train \\
       --tokenizer tokenizer.model --output data/fineweb
+  python data_prep/tokenize_text.py --input flan.parquet --prompt-field inputs --response-field targets \\
+      --max-tokens 2048 --tokenizer Llama-3.2-1B --output data/flan
+  python data_prep/tokenize_text.py --input hf:HuggingFaceH4/ultrachat_200k@train_sft --messages-field messages \\
+      --tokenizer Qwen2.5-7B-Instruct --output data/chat
 
 A text or source file is one document, each line of a .jsonl, .ndjson or .json file is one, each row of a .parquet file
 or a dataset is one; .gz and .zst files of text and JSON lines are read as they are. Every document ends with the
@@ -61,6 +66,21 @@ def main() -> None:
     parser.add_argument(
         "--document-separator", metavar="LINE", help="line that parts documents in text files; default: none does"
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--prompt-field", metavar="FIELD", help="instructions: field of what is only read, not learnt from"
+    )
+    what.add_argument(
+        "--messages-field", metavar="FIELD", help="conversations, for the tokenizer's chat template; answers are learnt"
+    )
+    parser.add_argument(
+        "--response-field", metavar="FIELD", default="targets", help="instructions: what is learnt; default: targets"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        help="cut instructions there, leave out those with no response left; default: none",
+    )
     parser.add_argument(
         "--eos", metavar="PIECE", help="of the tokenizer, after every document, or none; default: its own separator"
     )
@@ -83,6 +103,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def run() -> None:
+        instructions = None
+        if arguments.prompt_field or arguments.messages_field:
+            pair = (arguments.prompt_field, arguments.response_field)
+            fields = pair if arguments.prompt_field else (arguments.messages_field,)
+            instructions = Instructions(fields, arguments.max_tokens)
         summary = tokenize_corpus(
             arguments.input,
             Tokenizer.load(arguments.tokenizer),
@@ -100,12 +125,15 @@ def main() -> None:
             overwrite=arguments.overwrite,
             shard_bytes=arguments.shard_mb << 20,
             max_document=arguments.max_document_mb << 20,
+            instructions=instructions,
         )
         print(
             f"{arguments.output}: {summary.documents} documents, {summary.tokens} tokens, {summary.text_bytes} bytes "
             f"({summary.text_bytes / summary.tokens:.2f} per token); {summary.empty} empty and {summary.filtered} "
             "filtered documents left out"
         )
+        if summary.cut:
+            print(f"{summary.cut} samples were longer than {arguments.max_tokens} tokens and were cut there")
         if summary.damaged:
             print(f"{summary.damaged} files could not be read to their end, see {summary.quarantine}", file=sys.stderr)
         if summary.rejected:

@@ -36,10 +36,21 @@ def show_corpus(prefix: str, tokenizer_path: str, first: int, count: int, dtype:
             if first <= number < first + count:
                 tokens = shard.tokens.array(shard.dtype, shard.base + start * shard.dtype.itemsize, end - start)
                 yield f"--- document {number}, {end - start:,} tokens, {shard.tokens.path} from token {start:,}"
-                yield _cut(tokenizer.decode(_known(tokens, tokenizer)))
+                if corpus.has_prompts:
+                    yield from _show_parts(tokens, tokenizer)
+                else:
+                    yield _cut(tokenizer.decode(_known(tokens, tokenizer)))
             number += 1
     if number <= first:
         raise UserError(f"corpus {corpus.prefix} has {number} documents; --document {first} is none of them")
+
+
+def _show_parts(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
+    """Prompts and responses."""
+    changes = np.flatnonzero(np.diff(tokens < 0)) + 1
+    for part in np.split(tokens, changes):
+        kind = "prompt" if part[0] < 0 else "response"
+        yield f"[{kind}] {_cut(tokenizer.decode(_known(np.maximum(part, ~part), tokenizer)))}"
 
 
 def show_step(config: RunConfig, step: int, count: int) -> Iterator[str]:
@@ -60,11 +71,12 @@ def _show(config: RunConfig, samples: MixedWindows, tokenizer: Tokenizer, step: 
     for row in range(len(rows.tokens)):
         learnt = int(rows.loss_mask[row].sum())
         yield f"--- step {step}, sequence {row}: {learnt} tokens to learn"
-        targets = rows.targets[row][rows.loss_mask[row]].tolist()
+        end = int(rows.loss_mask[row].nonzero().max()) + 1 if learnt else 0  # padding follows
+        targets = rows.targets[row][:end].tolist()
         if rows.doc_start is None:
             yield tokenizer.decode(targets)
             continue
-        bounds = [*sorted(set(rows.doc_start[row][rows.loss_mask[row]].tolist())), learnt]
+        bounds = [*sorted(set(rows.doc_start[row][:end].tolist())), end]
         for start, end in zip(bounds, bounds[1:], strict=False):
             yield f"[{start}:{end}] {tokenizer.decode(targets[start:end])}"
 

@@ -37,6 +37,7 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
         corpus = Corpus.open(prefix, tokenizer, dtype)
         blobs = [blob for shard in corpus.shards for blob in shard.blobs]
     vocab_size = manifest.tokenizer.vocab_size if manifest else corpus.vocab_size
+    prompts = manifest.prompts if manifest else corpus.has_prompts
     tokens_of = {shard.tokens.path: shard for shard in corpus.shards}
     with tqdm(
         total=sum(blob.size for blob in blobs), desc="verifying", unit="B", unit_scale=True, leave=False
@@ -46,7 +47,7 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
                 stop = min(start + blob.block_size, blob.size)
                 blob.array(np.dtype(np.uint8), start, stop - start)
                 if shard := tokens_of.get(blob.path):
-                    _check_tokens(blob, shard, start, stop, vocab_size)
+                    _check_tokens(blob, shard, start, stop, vocab_size, prompts)
                 progress.update(stop - start)
             blob.release()
     for shard in corpus.shards:
@@ -113,14 +114,15 @@ def adopt_corpus(prefix: str | Path, tokenizer: Tokenizer) -> Manifest:
     return manifest
 
 
-def _check_tokens(blob: Blob, shard: Shard, start: int, stop: int, vocab_size: int | None) -> None:
+def _check_tokens(blob: Blob, shard: Shard, start: int, stop: int, vocab_size: int | None, prompts: bool) -> None:
     """Raises UserError for a token outside the vocabulary."""
     start, size = max(start, shard.base), shard.dtype.itemsize
     start -= (start - shard.base) % size
     tokens = blob.array(shard.dtype, start, (stop - start) // size)
     limit = np.iinfo(shard.dtype).max if vocab_size is None else vocab_size - 1
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= limit:
-        first = int(np.argmax((tokens < 0) | (tokens > limit)))
+    lowest = -limit - 1 if prompts else 0
+    if len(tokens) and not lowest <= tokens.min() <= tokens.max() <= limit:
+        first = int(np.argmax((tokens < lowest) | (tokens > limit)))
         raise UserError(
             f"{blob.path}: token {tokens[first]} at byte {start + first * size} is outside the vocabulary of "
             f"{limit + 1}"

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from megakrause.data.instructions import InstructionEncoder, Instructions
 from megakrause.data.layout import token_dtype
 from megakrause.data.quarantine import Rejected
 from megakrause.data.records import ReadOptions
@@ -31,6 +32,7 @@ class EncodeOptions:
     eos: int | None  # token after every document
     min_chars: int = 0  # documents of fewer characters, or of more than max_chars, are left out
     max_chars: int | None = None
+    instructions: Instructions | None = None  # documents are samples, and not text
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Encoded:
     text_bytes: int = 0
     empty: int = 0
     filtered: int = 0
+    cut: int = 0  # instructions that were too long
     lines: list[int] = field(default_factory=list)  # of each part
     rejected: list[list[Rejected]] = field(default_factory=list)  # of each part, lines counted from its first
 
@@ -77,14 +80,16 @@ def encode_groups(
 
 
 def _encode(parts: list[Part], tokenizer: Tokenizer, options: EncodeOptions) -> Encoded:
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.vocab_size, prompts=options.instructions is not None)
     separator = np.array([] if options.eos is None else [options.eos], dtype)
+    encoder = None if options.instructions is None else _encoder(tokenizer, options.instructions)
     tokens: list[np.ndarray] = [np.empty(0, dtype)]
     lengths: list[int] = []
     made = Encoded(tokens[0], np.empty(0, np.int32))
     for part in parts:
         num_lines, rejected = 0, []
         for lines, text in read_part(part, options.reading):
+            line = num_lines + 1
             num_lines += lines
             if isinstance(text, Rejected):
                 rejected.append(text)
@@ -92,6 +97,18 @@ def _encode(parts: list[Part], tokenizer: Tokenizer, options: EncodeOptions) -> 
                 made.empty += 1
             elif len(text) < options.min_chars or (options.max_chars is not None and len(text) > options.max_chars):
                 made.filtered += 1
+            elif encoder is not None:
+                try:
+                    ids, cut = encoder.encode(text)
+                except ValueError as error:
+                    rejected.append(Rejected(part.input.path, line, str(error)))
+                    continue
+                made.cut += cut
+                made.filtered += not len(ids)
+                if len(ids):
+                    tokens.append(ids)
+                    lengths.append(len(ids))
+                    made.text_bytes += len(text.encode())
             else:
                 ids = tokenizer.encode_array(text)
                 if not len(ids) + len(separator):  # a tokenizer that drops spaces, and no separator
@@ -104,6 +121,11 @@ def _encode(parts: list[Part], tokenizer: Tokenizer, options: EncodeOptions) -> 
         made.rejected.append(rejected)
     made.tokens, made.lengths = np.concatenate(tokens), np.array(lengths, np.int32)
     return made
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: Tokenizer, options: Instructions) -> InstructionEncoder:
+    return InstructionEncoder(tokenizer, options)
 
 
 def _start_worker() -> None:

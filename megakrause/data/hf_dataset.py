@@ -53,17 +53,18 @@ def describe_dataset(name: str) -> tuple[int, str]:
     return sum(size for _, size, _ in listing), xxhash.xxh3_128_hexdigest(repr(listing).encode())
 
 
-def read_dataset(name: str, stamp: str, text_field: str, start: int) -> Iterator[Any]:
-    """The values of `text_field` from document `start` on. Raises UserError when there is no such field, or the dataset
-    cannot be read, perhaps only today."""
+def read_dataset(name: str, stamp: str, columns: tuple[str, ...], start: int) -> Iterator[tuple[Any, ...]]:
+    """The values of the columns in each row from row `start` on. Raises UserError when there is no such column, or the
+    dataset cannot be read, perhaps only today."""
     dataset = _parse(name)
     try:
         rows = _open(dataset, stamp)
-        if rows.column_names and text_field not in rows.column_names:
+        missing = [column for column in columns if column not in (rows.column_names or columns)]
+        if missing:
             there = ", ".join(map(repr, rows.column_names))
-            raise UserError(f"the dataset {name} has no field '{text_field}' but {there}")
-        for batch in rows.skip(start).select_columns([text_field]).iter(BATCH):
-            yield from batch[text_field]
+            raise UserError(f"the dataset {name} has no field '{missing[0]}' but {there}")
+        for batch in rows.skip(start).select_columns(list(columns)).iter(BATCH):
+            yield from zip(*(batch[column] for column in columns), strict=True)
     except UserError:
         raise
     except Exception as error:  # `datasets` and what it builds on raise dozens of types

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class HuggingFaceCodec:
         self.vocab_size = max(fast.get_vocab_size(), 1 + max(fast.get_vocab().values()))
         self.eos = eos
         self._fast = fast
+        self._config, self._template = json.loads(files[CONFIG]), files.get(TEMPLATE)
+        self._content = files[TOKENIZER]
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]. Raises ValueError for a lone surrogate."""
@@ -75,6 +78,26 @@ class HuggingFaceCodec:
         cuts = [0, *(offsets[i][0] + 1 for i in found), len(text)]
         parts = (self._encode(text[start:end]).ids for start, end in pairwise(cuts))
         return np.array([i for part in parts for i in part], dtype=np.int32)
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """As `encode`, but special tokens in the text are special tokens."""
+        return np.array(self._marked.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    @cached_property
+    def _marked(self) -> tokenizers.Tokenizer:
+        marked = tokenizers.Tokenizer.from_buffer(self._content)
+        marked.no_truncation()
+        marked.no_padding()
+        return marked
+
+    @property
+    def chat_template(self) -> tuple[str | None, dict[str, str]]:
+        """(Jinja template or None, the special tokens by the names that it has for them)."""
+        template: Any = self._config.get("chat_template") if self._template is None else self._template.decode()
+        if isinstance(template, list):  # several, by name
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        tokens = {key: _content(value) for key, value in self._config.items() if key.endswith("_token")}
+        return template, {key: value for key, value in tokens.items() if value is not None}
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         try:

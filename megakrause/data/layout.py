@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -34,9 +34,9 @@ TAKEN = (
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # by Megatron's codes
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """As Megatron has it."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+def token_dtype(vocab_size: int, *, prompts: bool = False) -> np.dtype:
+    """As Megatron has it. prompts: of a corpus that has some."""
+    return np.dtype(np.uint16 if vocab_size < 65500 and not prompts else np.int32)
 
 
 class TokenizerInfo(BaseModel):
@@ -70,13 +70,15 @@ class Manifest(BaseModel):
     text_bytes: int | None  # of the text, as UTF-8, that the tokens stand for; None: not known
     block_size: int  # bytes hashed together
     tokenizer: TokenizerInfo
+    prompts: bool = False  # some tokens are only read, not learnt from, and stored as -1 - id
     files: list[FileInfo]  # .bin and .idx of each shard, in order
     blocks: list[list[tuple[int, int]]] | None = None  # of each shard (document, token) where blocks begin, and the end
 
     @property
     def fingerprint(self) -> str:
         """xxh3-128, hex, of everything but the files' names."""
-        content = self.model_dump_json(exclude={"files": {"__all__": {"name"}}})
+        excluded: dict[str, Any] = {"files": {"__all__": {"name"}}} | ({} if self.prompts else {"prompts": True})
+        content = self.model_dump_json(exclude=excluded)
         return xxhash.xxh3_128_hexdigest(content.encode())
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from megakrause.data.encode import Encoded, EncodeOptions, encode_groups
 from megakrause.data.huggingface_tokenizer import TOKENIZER
 from megakrause.data.inputs import SUFFIXES, Input, find_inputs
+from megakrause.data.instructions import InstructionEncoder, Instructions
 from megakrause.data.journal import journal_path, read_journal
 from megakrause.data.layout import TokenizerInfo, check_output, manifest_path
 from megakrause.data.quarantine import Quarantine
@@ -50,6 +51,7 @@ class Progress(BaseModel):
     quarantine: int = 0  # bytes of the quarantine file
     empty: int = 0
     filtered: int = 0
+    cut: int = 0
     rejected: int = 0
     damaged: int = 0  # files that could not be read to their end
     last_damaged: int = -1  # the input that is the last of them
@@ -64,6 +66,7 @@ class Summary:
     text_bytes: int
     empty: int
     filtered: int
+    cut: int  # instructions that were too long
     rejected: int
     damaged: int  # files that could not be read to their end
     quarantine: Path | None  # lists the last two, if there are any
@@ -87,6 +90,7 @@ def tokenize_corpus(
     overwrite: bool = True,
     shard_bytes: int = SHARD_BYTES,
     max_document: int = MAX_DOCUMENT,
+    instructions: Instructions | None = None,
 ) -> Summary:
     """Writes the corpus `prefix` (see writer.py) from `inputs` (see `find_inputs`): every document, then a separator.
 
@@ -94,6 +98,7 @@ def tokenize_corpus(
     "none" for no piece, else the tokenizer's own. Documents of fewer characters than `min_chars`, or of more than
     `max_chars`, are left out. More than `max_rejected` bad documents, a number (int) or a share (float), stop the run;
     so does a file that cannot be read to its end, unless `skip_damaged`: then what came before the damage is taken.
+    `instructions`: records are samples of prompts and responses instead (instructions.py).
 
     The files are the same for any number of `workers` and of interruptions. Memory is bounded by the workers and the
     largest document or row group; a document of more than `max_document` bytes is quarantined. Raises UserError when no
@@ -101,13 +106,18 @@ def tokenize_corpus(
     `overwrite`, there is such a corpus."""
     check_output(prefix)
     sources = find_inputs(inputs, suffixes, exclude)
-    reading = ReadOptions(text_field, document_separator, max_document)
-    options = EncodeOptions(reading, _separator(tokenizer, eos), min_chars, max_chars)
+    fields = () if instructions is None else instructions.fields
+    reading = ReadOptions(text_field, document_separator, max_document, fields)
+    options = EncodeOptions(reading, _separator(tokenizer, eos), min_chars, max_chars, instructions)
+    if instructions is not None:
+        InstructionEncoder(tokenizer, instructions)  # which refuses what cannot be
+        if plain := [source.path for source in sources if source.kind == "text"]:
+            raise UserError(f"{plain[0]} is text: instructions are records of JSON lines, tables or datasets")
     settings = {
         "inputs": xxhash.xxh3_128_hexdigest(repr(sources).encode()),
         "tokenizer": tokenizer.fingerprint,
         "shard_bytes": shard_bytes,
-        **asdict(reading),
+        **_settings(reading, instructions),
         "eos": options.eos,
         "min_chars": min_chars,
         "max_chars": max_chars,
@@ -115,7 +125,13 @@ def tokenize_corpus(
     if not overwrite and manifest_path(prefix).exists() and not _was_finishing(prefix, settings):
         raise UserError(f"the corpus {prefix} is there and finished: choose another name, or --overwrite")
     try:
-        with CorpusWriter(prefix, TokenizerInfo.of(tokenizer), shard_bytes=shard_bytes, settings=settings) as writer:
+        with CorpusWriter(
+            prefix,
+            TokenizerInfo.of(tokenizer),
+            shard_bytes=shard_bytes,
+            settings=settings,
+            prompts=instructions is not None,
+        ) as writer:
             run = _Run(sources, writer, max_rejected, skip_damaged)
             parts = cut_parts(sources, reading, run.progress.input, run.progress.start)
             with closing(encode_groups(group_parts(parts), tokenizer, options, workers)) as groups, run.bar:
@@ -174,6 +190,7 @@ class _Run:
         self._writer.add(made.tokens, made.lengths, made.text_bytes)
         progress.empty += made.empty
         progress.filtered += made.filtered
+        progress.cut += made.cut
         for part, lines, rejected in zip(parts, made.lines, made.rejected, strict=True):
             if part.number != progress.input:
                 progress.line = 0
@@ -203,6 +220,7 @@ class _Run:
             text_bytes=writer.text_bytes,
             empty=progress.empty,
             filtered=progress.filtered,
+            cut=progress.cut,
             rejected=progress.rejected,
             damaged=progress.damaged,
             quarantine=self._quarantine.path if progress.rejected or progress.damaged else None,
@@ -245,6 +263,14 @@ class _Run:
         """Bytes of input that are done."""
         number = self.progress.input
         return self._starts[number] + (self.progress.done if number < len(self._sizes) else 0)
+
+
+def _settings(reading: ReadOptions, instructions: Instructions | None) -> dict[str, Any]:
+    settings = asdict(reading)
+    del settings["fields"]
+    if instructions is not None:
+        settings["instructions"] = [*instructions.fields, instructions.max_tokens]
+    return settings
 
 
 def _separator(tokenizer: Tokenizer, eos: str | None) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -25,11 +25,25 @@ Records = Iterator[tuple[int, Record]]  # with the lines that it takes up in the
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are found in files."""
+    """How documents are found in files, and where in a record they stand."""
 
     text_field: str = "text"
     separator: str | None = None  # a line of text files
     max_document: int = MAX_DOCUMENT  # bytes; longer ones are rejected
+    fields: tuple[str, ...] = ()  # if any: a document is a JSON list of their values, and not text
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.fields or (self.text_field,)
+
+    def document(self, values: Sequence[Any]) -> Any:
+        """Of the columns' values in a record."""
+        if not self.fields:
+            return values[0]
+        try:
+            return json.dumps(values, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            return ValueError(str(error))
 
 
 def file_records(file: BinaryIO, source: Input, start: int, stop: int, options: ReadOptions) -> Records:
@@ -43,24 +57,26 @@ def file_records(file: BinaryIO, source: Input, start: int, stop: int, options: 
 
 
 def table_records(source: Input, group: int, options: ReadOptions) -> Records:
-    """A row group's column of text, as bytes or None. The first says what is wrong with all of the file."""
+    """A row group's documents: text as bytes or None. The first says what is wrong with all of the file."""
     if source.compression:
         raise OSError("a .parquet file is compressed inside; decompress it")
     with parquet.ParquetFile(source.path, buffer_size=PIECE, pre_buffer=False) as table:
-        names, field = table.schema_arrow.names, options.text_field
+        names, columns = table.schema_arrow.names, options.columns
         wrong = None
-        if field not in names:
-            wrong = f"no column '{field}' but {', '.join(map(repr, names))}"
-        elif not _is_text(kind := table.schema_arrow.field(field).type):
-            wrong = f"column '{field}' is no string but {kind}"
+        if missing := [column for column in columns if column not in names]:
+            wrong = f"no column '{missing[0]}' but {', '.join(map(repr, names))}"
+        elif not options.fields and not _is_text(kind := table.schema_arrow.field(columns[0]).type):
+            wrong = f"column '{columns[0]}' is no string but {kind}"
         if wrong and group:
             return
         if wrong:
             raise OSError(wrong)
         groups = [group] if table.num_row_groups else []
-        for batch in table.iter_batches(ROWS, groups, [field]):
-            # As bytes, one that is not UTF-8 is one bad document and not a bad batch.
-            yield from ((1, value) for value in batch.column(0).cast(arrow.large_binary()).to_pylist())
+        for batch in table.iter_batches(ROWS, groups, list(columns)):
+            if options.fields:
+                yield from ((1, options.document([row[c] for c in columns])) for row in batch.to_pylist())
+            else:  # as bytes, one that is not UTF-8 is one bad document and not a bad batch
+                yield from ((1, value) for value in batch.column(0).cast(arrow.large_binary()).to_pylist())
 
 
 def limited(records: Records, options: ReadOptions) -> Records:
@@ -83,11 +99,13 @@ def text_of(record: Record, kind: str, options: ReadOptions) -> str:
             return ""
         document = json.loads(record.decode("utf-8-sig"))
         if not isinstance(document, dict):
-            raise ValueError(f"no object with a field '{options.text_field}' but a {type(document).__name__}")
-        if options.text_field not in document:
+            raise ValueError(f"no object with a field '{options.columns[0]}' but a {type(document).__name__}")
+        if missing := [column for column in options.columns if column not in document]:
             there = ", ".join(map(repr, [*document][:FIELDS])) or "none"
-            raise ValueError(f"no object with a field '{options.text_field}' but {there}")
-        text = document[options.text_field]
+            raise ValueError(f"no object with a field '{missing[0]}' but {there}")
+        text = options.document([document[column] for column in options.columns])
+    if isinstance(text, ValueError):
+        raise text
     if not isinstance(text, str):
         raise ValueError(f"field '{options.text_field}' is no string but {type(text).__name__}")
     if len(text.encode()) > options.max_document:  # which raises for a lone surrogate

@@ -45,6 +45,7 @@ class Corpus:
         self.prefix = prefix
         self.manifest = manifest
         self.vocab_size = manifest.tokenizer.vocab_size if manifest else None
+        self.has_prompts = manifest is not None and manifest.prompts  # tokens that are only read, as -1 - id
         self.shards = shards
         self.dtype = shards[0].dtype
         for shard in shards:

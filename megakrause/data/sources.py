@@ -124,7 +124,8 @@ def read_part(part: Part, options: ReadOptions) -> Iterator[tuple[int, str | Rej
 def _stream_parts(source: Input, number: int, options: ReadOptions, start: int) -> Iterator[Part]:
     """An input that only its beginning leads into, from record `start` on."""
     if source.kind == "dataset":
-        values = ((1, value) for value in read_dataset(source.path, source.stamp, options.text_field, start))
+        rows = read_dataset(source.path, source.stamp, options.columns, start)
+        values = ((1, options.document(row)) for row in rows)
         yield from _batches(source, number, start, values)
         return
     try:

@@ -80,6 +80,16 @@ class Tokenizer:
         """As `encode`, int32 [n]."""
         return self._codec.encode(text)
 
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Ids of what a chat template gave, where special tokens are what they are called: int32 [n]."""
+        assert isinstance(self._codec, HuggingFaceCodec)
+        return self._codec.encode_marked(text)
+
+    @property
+    def chat_template(self) -> tuple[str | None, dict[str, str]]:
+        """(Jinja template or None, the special tokens by the names that it has for them)."""
+        return self._codec.chat_template if isinstance(self._codec, HuggingFaceCodec) else (None, {})
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; separators have none, bytes that are not UTF-8 become U+FFFD."""
         return self._codec.decode(ids)

@@ -95,8 +95,9 @@ class TokenWindows:
     def _known(self, shard: Shard, places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """The tokens. Raises UserError for one outside the vocabulary."""
         limit = self.corpus.vocab_size
-        if limit is not None and len(tokens) and not 0 <= tokens.min() <= tokens.max() < limit:
-            wrong = int(np.argmax((tokens < 0) | (tokens >= limit)))
+        lowest = -limit if limit is not None and self.corpus.has_prompts else 0
+        if limit is not None and len(tokens) and not lowest <= tokens.min() <= tokens.max() < limit:
+            wrong = int(np.argmax((tokens < lowest) | (tokens >= limit)))
             raise UserError(
                 f"{shard.tokens.path}: token {tokens[wrong]}, number {places[wrong]}, is outside the vocabulary of "
                 f"{limit}; it is damaged or of another tokenizer"

@@ -50,7 +50,8 @@ class PackedBlock(NamedTuple):
     def write(
         self, rows: Rows, numbers: np.ndarray, windows: np.ndarray, take: Callable[[np.ndarray], np.ndarray]
     ) -> None:
-        """Writes windows [n] into the rows of these numbers [n]. take: the tokens at some places."""
+        """Writes windows [n] into the rows of these numbers [n]. take: the tokens at some places; those that are only
+        read as -1 - id."""
         # The pieces of each window, then the tokens of each piece: where they come from and where they go.
         counts = self.first[windows + 1] - self.first[windows]
         row, piece = np.repeat(numbers, counts), _ranges(self.first[windows], counts)
@@ -58,15 +59,17 @@ class PackedBlock(NamedTuple):
         token = self.starts[self.pieces.document[piece]] + offset
         begins = np.cumsum(length) - length
         source, goal = _ranges(token, length), _ranges(row * rows.inputs.shape[1] + place, length)
-        targets = take(source)
+        stored = take(source)
+        targets = np.maximum(stored, ~stored)
         inputs = np.empty_like(targets)
         inputs[1:] = targets[:-1]
         inputs[begins] = rows.eos
         cut = np.flatnonzero(offset)
-        inputs[begins[cut]] = take(token[cut] - 1)
+        before = take(token[cut] - 1)
+        inputs[begins[cut]] = np.maximum(before, ~before)
         rows.inputs.reshape(-1)[goal] = inputs
         rows.targets.reshape(-1)[goal] = targets
-        rows.mask.reshape(-1)[goal] = True
+        rows.mask.reshape(-1)[goal] = stored >= 0
         rows.doc_start.reshape(-1)[goal] = np.repeat(place, length)
 
 

@@ -53,13 +53,16 @@ class CorpusWriter:
         *,
         shard_bytes: int = SHARD_BYTES,
         settings: dict[str, Any] | None = None,
+        prompts: bool = False,
     ) -> None:
-        """`settings`: JSON that determines every document that will be added. Raises UserError when the folder cannot
-        be written, `prefix` is no name for a corpus, or another process is writing this corpus."""
+        """prompts: some tokens are only read (layout.py). settings: JSON that determines every document that will be
+        added. Raises UserError when the folder cannot be written, `prefix` is no name for a corpus, or another process
+        is writing this corpus."""
         check_output(prefix)
         self.prefix = Path(prefix)
         self.tokenizer = tokenizer
-        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.prompts = prompts
+        self.dtype = token_dtype(tokenizer.vocab_size, prompts=prompts)
         self.num_tokens = self.num_documents = self.text_bytes = 0
         self.progress: dict[str, Any] | None = None
         self.anew: str | None = None
@@ -90,7 +93,8 @@ class CorpusWriter:
     def add(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Appends whole documents: `tokens` [n] of one after the other, their `lengths` [documents], and the size of
         their text as UTF-8."""
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+        lowest = -self.tokenizer.vocab_size if self.prompts else 0
+        if len(tokens) and not lowest <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
             raise ValueError(f"ids {tokens.min()} to {tokens.max()} in a vocabulary of {self.tokenizer.vocab_size}")
         ends = np.cumsum(lengths, dtype=np.int64)
         document, start = 0, 0
@@ -206,6 +210,7 @@ class CorpusWriter:
             text_bytes=self.text_bytes,
             block_size=BLOCK,
             tokenizer=self.tokenizer,
+            prompts=self.prompts,
             files=[
                 FileInfo(name=path.name, size=info.size, blocks=info.blocks)
                 for path, info in zip(final, self._files, strict=True)
