@@ -22,6 +22,7 @@ class TokenBatch:
     targets: Tensor  # int64 [b, s]   the token after each input
     loss_mask: Tensor  # bool [b, s]   False where there is nothing to learn: padding at the end of a sequence
     doc_start: Tensor | None  # int32 [b, s]   position of the first token that each may see; None: all before
+    numbers: Tensor | None = None  # int64 [b]   of each sequence in its run, counted over epochs
 
     def to(self, device: torch.device) -> TokenBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -33,8 +34,8 @@ class TokenBatch:
     def at(self, positions: slice) -> TokenBatch:
         """Some of the positions; `doc_start` stays that of all."""
         tokens, targets, loss_mask = (x[:, positions] for x in (self.tokens, self.targets, self.loss_mask))
-        return TokenBatch(tokens, targets, loss_mask, self.doc_start)
+        return TokenBatch(tokens, targets, loss_mask, self.doc_start, self.numbers)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
-        doc_start = None if self.doc_start is None else change(self.doc_start)
-        return TokenBatch(change(self.tokens), change(self.targets), change(self.loss_mask), doc_start)
+        doc_start, numbers = (None if x is None else change(x) for x in (self.doc_start, self.numbers))
+        return TokenBatch(change(self.tokens), change(self.targets), change(self.loss_mask), doc_start, numbers)

@@ -75,6 +75,21 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
+        if arguments.tasks:
+            from megakrause.tasks import evaluate_tasks
+
+            scores = evaluate_tasks(
+                arguments.checkpoint,
+                arguments.tasks,
+                include=arguments.task_folder,
+                shots=arguments.shots,
+                limit=arguments.limit,
+                batch=arguments.batch,
+                trust_remote_code=arguments.trust_remote_code,
+                json_path=arguments.json,
+            )
+            print(scores)
+            return
         from megakrause.evaluate import evaluate_checkpoint
 
         print(evaluate_checkpoint(arguments.checkpoint, arguments.data))
@@ -82,12 +97,22 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "evaluate",
-        "Loss of a checkpoint on a held-out corpus.",
-        "  megakrause evaluate runs/demo/lm --data runs/demo/data/valid",
+        "Loss of a checkpoint on a held-out corpus; or tasks of lm-evaluation-harness, also on a Hugging Face folder.",
+        "  megakrause evaluate runs/demo/lm --data runs/demo/data/valid\n"
+        "  megakrause evaluate runs/lora --tasks boolq piqa mnli --limit 1000 --json scores.json",
         run,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")
     parser.add_argument("--data", metavar="PREFIX", help="corpus; default: data.valid of the checkpoint's config")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="zero-shot unless the task says otherwise")
+    parser.add_argument("--task-folder", type=Path, metavar="FOLDER", help="of task files (.yaml) beside the harness's")
+    parser.add_argument("--shots", type=int, help="examples in the prompt; default: the task's own number")
+    parser.add_argument("--limit", type=_positive, help="examples of each task; default: all")
+    parser.add_argument("--batch", type=_positive, default=8, help="sequences at once, of tasks; default: 8")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code of a folder that is not ours"
+    )
+    parser.add_argument("--json", type=Path, help="also write the scores here")
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:

@@ -50,6 +50,7 @@ class LoraConfig(Section):
     rank: int = Field(gt=0)
     alpha: float = Field(gt=0, description="an adapter's output is multiplied by alpha / rank")
     rank_stabilized: bool = Field(default=False, description="by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the features that an adapter does not see")
     targets: list[AdapterTarget] = Field(
         default=["query", "key", "value", "output"],
         min_length=1,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from megakrause.batch import TokenBatch
 from megakrause.data.mixture import Mixture
@@ -40,7 +42,7 @@ class MixedWindows:
         for number in np.unique(sources).tolist():
             chosen = np.flatnonzero(sources == number)
             self.sources[number].fill(rows, chosen, inside[chosen])
-        return rows.batch(self.mask_documents)
+        return replace(rows.batch(self.mask_documents), numbers=torch.from_numpy(np.asarray(samples, np.int64)))
 
     def describe(self, start: int, count: int) -> list[str]:
         """A line for each source: what it is, and its part in `count` samples from `start` on; then what people should

@@ -8,7 +8,6 @@ OUT/
 
 from __future__ import annotations
 
-import filecmp
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from megakrause.checkpoint.model import MergedWeights, check_shapes, stored_conf
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint
 from megakrause.config import LoraConfig
 from megakrause.errors import UserError
-from megakrause.hf import modeling_megakrause
 from megakrause.hf.config import read_config
-from megakrause.hf.export import MODELING, compare_logits, load_float64, staged
+from megakrause.hf.export import MODELING, compare_logits, is_code_ours, load_float64, staged
 from megakrause.hf.names import to_hf
 from megakrause.hf.weights import HuggingFaceWeights
 from megakrause.models.build import build_model, whole_shapes
@@ -61,7 +59,7 @@ def export_adapter(checkpoint: str, base: Path, out: Path) -> float:
 def _check_base(source: Checkpoint, base: Path) -> None:
     """Frozen weights may have been rounded to 16 bits here, trained ones there."""
     code = base / f"{MODELING}.py"
-    if code.exists() and not filecmp.cmp(code, modeling_megakrause.__file__, shallow=False):
+    if code.exists() and not is_code_ours(base):
         raise UserError(f"{code} is not this version's and is not run; write {base} anew with convert to-hf")
     model, _ = read_config(base)
     frozen, theirs = MergedWeights(source, adapters=False), HuggingFaceWeights(base, model.tie_embeddings)
@@ -92,6 +90,7 @@ def _peft_config(lora: LoraConfig, base: Path) -> PeftConfig:
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=alpha,
+        lora_dropout=lora.dropout,
         use_rslora=lora.rank_stabilized,
         target_modules=modules,
         inference_mode=True,
@@ -111,7 +110,7 @@ def _compare(source: Checkpoint, lora: LoraConfig, base: Path, folder: Path) -> 
     model.eval()
 
     def reload() -> Any:
-        plain = load_float64(base, trust_remote_code=(base / f"{MODELING}.py").exists())  # which is ours
+        plain = load_float64(base, trust_remote_code=is_code_ours(base))
         return PeftModel.from_pretrained(plain, folder).double().eval()
 
     return compare_logits(model, reload, source.path)

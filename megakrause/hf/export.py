@@ -10,6 +10,7 @@ OUT/
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import shutil
@@ -202,6 +203,12 @@ def _shards(sizes: dict[str, int]) -> list[list[str]]:
         shards[-1].append(name)
         room -= size
     return shards
+
+
+def is_code_ours(folder: Path) -> bool:
+    """Whether a folder's modelling file is the one that this version writes."""
+    code = folder / f"{MODELING}.py"
+    return code.is_file() and filecmp.cmp(code, modeling_megakrause.__file__, shallow=False)
 
 
 def load_float64(folder: Path, *, trust_remote_code: bool) -> nn.Module:

@@ -17,6 +17,7 @@ from megakrause.config import CoreKind, ModelConfig
 from megakrause.models.init import constant, normal
 from megakrause.models.layout import Layout
 from megakrause.models.norm import RMSNorm
+from megakrause.ops.feature_dropout import Noise
 from megakrause.ops.krause import krause_attention
 from megakrause.ops.krause_decode import KeyRing, krause_decode
 from megakrause.ops.rotary import apply_rotary
@@ -78,6 +79,7 @@ class Sequence:
     length: int
     rotary: tuple[Tensor, Tensor] | None  # cos and sin, [s, d]
     all_doc_start: Tensor | None  # int32 [b, positions of all ranks]; not together with a cache
+    noise: Noise | None = None  # of the adapters' dropout
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
     _all: Sequence | None = None
 
@@ -203,12 +205,13 @@ class SelfAttention(nn.Module):
 
     def term(self, x: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
         """This rank's term of the output, for `TensorParallel.leave`, from what `enter` gave."""
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.query, self.key, self.value))  # b s h d
+        projected = (f(x, sequence.noise) for f in (self.query, self.key, self.value))
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in projected)  # b s h d
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if sequence.rotary is not None:
             q, k = apply_rotary(q, *sequence.rotary), apply_rotary(k, *sequence.rotary)
-        return self.output(self.core(q, k, v, sequence, cache).flatten(-2))
+        return self.output(self.core(q, k, v, sequence, cache).flatten(-2), sequence.noise)
 
     def new_cache(self) -> Cache:
         return self.core.new_cache()

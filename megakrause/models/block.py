@@ -11,6 +11,7 @@ from megakrause.models.dual import DualAttention, DualCache
 from megakrause.models.layout import Layout
 from megakrause.models.lora import add_adapters
 from megakrause.models.norm import RMSNorm
+from megakrause.ops.feature_dropout import Noise
 from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 LayerCache = Cache | DualCache
@@ -27,13 +28,13 @@ class SwiGLU(nn.Module):
         )
         self.down = marked(RowParallelLinear(config.mlp_width, config.width, tp.axis), config.deep_init_std)
 
-    def forward(self, x: Tensor, length: int) -> Tensor:
-        x = self.layout.tp.enter(x, length)
-        x = self.layout.run("selective", self._down, self.gate(x), self.up(x))
+    def forward(self, x: Tensor, sequence: Sequence) -> Tensor:
+        x, noise = self.layout.tp.enter(x, sequence.length), sequence.noise
+        x = self.layout.run("selective", self._down, self.gate(x, noise), self.up(x, noise), noise)
         return self.layout.tp.leave(x)
 
-    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down(F.silu(gate) * up)
+    def _down(self, gate: Tensor, up: Tensor, noise: Noise | None) -> Tensor:
+        return self.down(F.silu(gate) * up, noise)
 
 
 class Block(nn.Module):
@@ -50,7 +51,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, sequence: Sequence, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), sequence, cache)
-        return x + self.mlp(self.mlp_norm(x), sequence.length)
+        return x + self.mlp(self.mlp_norm(x), sequence)
 
     def new_cache(self) -> LayerCache:
         return self.attention.new_cache()

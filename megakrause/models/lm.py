@@ -12,8 +12,9 @@ from megakrause.models.attention import Sequence, marked
 from megakrause.models.block import Block, LayerCache
 from megakrause.models.init import normal
 from megakrause.models.layout import Layout
-from megakrause.models.lora import freeze
+from megakrause.models.lora import prepare
 from megakrause.models.norm import RMSNorm
+from megakrause.ops.feature_dropout import Noise
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import ColumnParallelLinear, TensorParallel
 from megakrause.parallel.vocab import VocabParallelEmbedding
@@ -82,17 +83,23 @@ class LanguageModel(nn.Module):
                 self.head.output.weight.copy_of = "embedding.tokens.weight"  # type: ignore[attr-defined]
 
         if config.lora is not None:
-            freeze(self)
+            prepare(self)
 
     def forward(
-        self, x: Tensor, doc_start: Tensor | None = None, cache: ModelCache | None = None, length: int | None = None
+        self,
+        x: Tensor,
+        doc_start: Tensor | None = None,
+        cache: ModelCache | None = None,
+        length: int | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """Logits [b, s, v], or this rank's share of v, after each of the tokens x, int64 [b, s]; of a later pipeline
         stage, x is what the one before it returned, and of one that is not the last, a stream for the next.
 
         Context-parallel ranks take and return their own s of the positions. doc_start: int32 [b, of all ranks], as in
         `TokenBatch`. cache: what `new_cache` gave; the tokens go on from its position. length: s, where x is a stream.
-        Raises UserError when learned positions run out."""
+        seeds: int64 [b], of dropout, a number of its own for each sequence and epoch; None: no dropout. Raises
+        UserError when learned positions run out."""
         s = length or x.shape[1]
         start = self.layout.cp.rank * s if cache is None else cache.position
         limit = self.config.max_positions
@@ -106,7 +113,7 @@ class LanguageModel(nn.Module):
             rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta, self.config.rope_scaling)
         elif doc_start is not None:  # a document's own, as if it stood alone
             positions = positions - doc_start[:, start : start + s]
-        sequence = Sequence(start, s, rotary, doc_start)
+        sequence = Sequence(start, s, rotary, doc_start, None if seeds is None else Noise(seeds, start))
         if self.embedding is not None:
             x = self.embedding(x, positions)
         for i, block in enumerate(self.blocks.values()):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megakrause.ops.feature_dropout import Noise
 from megakrause.parallel.collectives import copy, gather, reduce, reduce_scatter
 from megakrause.parallel.mesh import ALONE, Axis
 
@@ -38,7 +39,8 @@ def sharded(axis: Axis, shape: tuple[int, ...], dim: int) -> nn.Parameter:
 
 
 class AdaptableLinear(nn.Module):
-    """What all have in common: a weight, and perhaps a module that adds to the output what it makes of the input."""
+    """What all have in common: a weight, and perhaps a module that adds to the output what it makes of the input and
+    the noise for its dropout (None: no dropout)."""
 
     weight: nn.Parameter
 
@@ -46,8 +48,8 @@ class AdaptableLinear(nn.Module):
         super().__init__()
         self.adapter: nn.Module | None = None
 
-    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        return y if self.adapter is None else y + self.adapter(x)
+    def _adapted(self, x: Tensor, y: Tensor, noise: Noise | None) -> Tensor:
+        return y if self.adapter is None else y + self.adapter(x, noise)
 
 
 class ColumnParallelLinear(AdaptableLinear):
@@ -58,9 +60,9 @@ class ColumnParallelLinear(AdaptableLinear):
         self.weight = sharded(axis, (outputs, inputs), 0)
         self.bias = sharded(axis, (outputs,), 0) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """x: [b, s, inputs], as `TensorParallel.enter` gave it. Returns this rank's share, [b, s, outputs / tp]."""
-        return self._adapted(x, F.linear(x, self.weight, self.bias))
+        return self._adapted(x, F.linear(x, self.weight, self.bias), noise)
 
 
 class RowParallelLinear(AdaptableLinear):
@@ -71,9 +73,9 @@ class RowParallelLinear(AdaptableLinear):
         self.weight = sharded(axis, (outputs, inputs), 1)
         self.bias = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """x: this rank's share, [b, s, inputs / tp]. Returns its term of y [b, s, outputs]: `TensorParallel.leave`."""
-        return self._adapted(x, F.linear(x, self.weight))
+        return self._adapted(x, F.linear(x, self.weight), noise)
 
 
 class PartOfWholeLinear(AdaptableLinear):
@@ -86,11 +88,11 @@ class PartOfWholeLinear(AdaptableLinear):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """x: [b, s, inputs], as `TensorParallel.enter` gave it. Returns [b, s, features]."""
         part = slice(self.features.start, self.features.stop)
         bias = None if self.bias is None else copy(self.bias, self.axis)[part]
-        return self._adapted(x, F.linear(x, copy(self.weight, self.axis)[part], bias))
+        return self._adapted(x, F.linear(x, copy(self.weight, self.axis)[part], bias), noise)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Engine:
         self.mesh, self.layout = mesh, model.layout
         assert model.config.vocab_size is not None
         self.vocab_size = model.config.vocab_size
+        lora = model.config.lora
+        self._dropout_seed = (config.train.seed & 0x7FFFFFFF) << 32 if lora is not None and lora.dropout > 0 else None
         self.micro_batch, self.accumulation = config.accumulation(mesh.dp.size)
         length = config.train.seq_len // mesh.cp.size
         self._positions = slice(mesh.cp.rank * length, (mesh.cp.rank + 1) * length)
@@ -119,11 +121,12 @@ class Engine:
         )
         if pp.size > 1:
             self._scale *= self.accumulation  # the pipeline divides by it
-            self._engine.train_batch(map(_for_pipeline, micro_batches))
+            self._engine.train_batch(_for_pipeline(rows, self._seeds(rows)) for rows in micro_batches)
         else:
             self._engine.train()
             for rows in micro_batches:
-                loss = self._loss_sum(self._engine(rows.tokens, rows.doc_start), rows.targets, rows.loss_mask)
+                logits = self._engine(rows.tokens, rows.doc_start, seeds=self._seeds(rows))
+                loss = self._loss_sum(logits, rows.targets, rows.loss_mask)
                 self._engine.backward(loss * self._scale, scale_wrt_gas=False)
                 self._engine.step()
         if not self._plain:
@@ -153,6 +156,13 @@ class Engine:
             loss = cross_entropy_sum(logits, targets, mask)
         self._total += loss.detach()
         return loss
+
+    def _seeds(self, batch: TokenBatch) -> Tensor | None:
+        """Of dropout, int64 [b]: the run's seed in the high bits, the number of the sequence in the low ones."""
+        if self._dropout_seed is None:
+            return None
+        assert batch.numbers is not None
+        return batch.numbers + self._dropout_seed
 
     def _pipeline_loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         return self._loss_sum(logits, *labels) * self._scale
@@ -194,7 +204,7 @@ class Engine:
         self._state.load_weights(self._engine, weights.read, weights.shapes)
 
 
-def _for_pipeline(batch: TokenBatch) -> tuple[Any, tuple[Tensor, Tensor]]:
+def _for_pipeline(batch: TokenBatch, seeds: Tensor | None = None) -> tuple[Any, tuple[Tensor, Tensor]]:
     """(input of the first stage, what the last one's loss needs)."""
-    inputs = batch.tokens if batch.doc_start is None else (batch.tokens, batch.doc_start)
-    return inputs, (batch.targets, batch.loss_mask)
+    others = tuple(x for x in (batch.doc_start, seeds) if x is not None)
+    return (batch.tokens, *others) if others else batch.tokens, (batch.targets, batch.loss_mask)

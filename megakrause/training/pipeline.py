@@ -43,11 +43,12 @@ class _Layer(nn.Module):
         super().__init__()
         self.model, self.length = model, length
 
-    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What the stage before returned, or tokens: alone, or with doc_start."""
-        x, doc_start = inputs if isinstance(inputs, tuple) else (inputs, None)
-        x = self.model(x, doc_start, length=self.length)
-        return x if doc_start is None or self.model.layout.is_last else (x, doc_start)
+    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """What the stage before returned, or tokens: alone, or with doc_start, [b, s], seeds, [b], or both."""
+        x, *others = inputs if isinstance(inputs, tuple) else (inputs,)
+        by_dim = {other.dim(): other for other in others}
+        x = self.model(x, by_dim.get(2), length=self.length, seeds=by_dim.get(1))
+        return x if not others or self.model.layout.is_last else (x, *others)
 
 
 class Pipeline(PipelineModule):

@@ -23,6 +23,7 @@ from tests.ops.cases import pairwise
 from tests.pool import Pool
 
 LENGTH = 24
+SEEDS = torch.tensor([5, (7 << 32) + 6])  # of dropout
 
 SETTINGS: dict[str, list[Any]] = {
     "cp": [1, 2, 4],
@@ -45,7 +46,8 @@ def model_config(
     kv_heads: int = 2, vocab_size: int = 37, window: int = 5, lora: bool = False, **changes: Any
 ) -> ModelConfig:
     if lora:
-        changes["lora"] = LoraConfig(rank=3, alpha=5.0, targets=["query", "key", "value", "output", "gate", "down"])
+        targets = ["query", "key", "value", "output", "gate", "down"]
+        changes["lora"] = LoraConfig(rank=3, alpha=5.0, dropout=0.3, targets=targets)
     return ModelConfig(
         **dict(layers=2, width=24, heads=16, head_dim=6, mlp_width=30, top_k=3, max_positions=LENGTH + 2, init_std=0.3)
         | dict(kv_heads=kv_heads, vocab_size=vocab_size, window=window)
@@ -78,7 +80,7 @@ def gradients(mesh: Mesh, config: ModelConfig, documents: bool, sequence_paralle
     assert config.vocab_size is not None
     share = mesh.cp.share(LENGTH)
     mine = batch(config.vocab_size, documents).at(slice(share.start, share.stop))
-    logits = model(mine.tokens, mine.doc_start)
+    logits = model(mine.tokens, mine.doc_start, seeds=SEEDS)
     loss = vocab_parallel_cross_entropy_sum(logits, mine.targets, mine.loss_mask, mesh.tp, config.vocab_size)
     loss.backward()
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
@@ -136,7 +138,10 @@ def check_against_one_process(
     model = make_model(config)
     assert config.vocab_size is not None
     given = batch(config.vocab_size, documents)
-    expected = cross_entropy_sum(model(given.tokens, given.doc_start), given.targets, given.loss_mask)
+    logits = model(given.tokens, given.doc_start, seeds=SEEDS)
+    if config.lora is not None:
+        assert (logits - model(given.tokens, given.doc_start)).abs().max() > 0.1
+    expected = cross_entropy_sum(logits, given.targets, given.loss_mask)
     expected.backward()
 
     results = pool.run_mesh((1, 1, cp, tp), gradients, config, documents, sequence_parallel, recompute)

@@ -20,6 +20,7 @@ LORA = """
 [model.lora]
 rank = 4
 alpha = 8.0
+dropout = 0.1
 targets = ["query", "key", "value", "output", "gate", "up", "down"]
 """
 DUAL = ["model.attention=dual"]
