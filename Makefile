@@ -36,7 +36,7 @@ endef
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full faults gpu-check lint format constraints clean
+.PHONY: help setup demo demo-lora test test-full faults gpu-check lint format constraints clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ setup: $(STAMP)  ## make the environment in .venv (at once when nothing changed)
 
 demo: setup  ## set-up, then the whole main job on this machine: text to trained, exported model
 	@$(PY) -m megakrause.demo
+
+demo-lora: setup  ## set-up, then a Llama of transformers goes on with a Krause branch and adapters, and back
+	@$(PY) -m megakrause.demo_lora
 
 # Two at a time, files whole: tests of a file share what is slow to start, and some start eight processes.
 PYTEST = $(PY) -m pytest -n 2 --dist loadfile

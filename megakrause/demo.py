@@ -66,7 +66,7 @@ def main() -> None:
     with step(6, f"export to {exported}, reload with AutoModelForCausalLM, compare"):
         print(f"   largest logit difference {export(checkpoint.path, exported):.2e}")
     with step(7, "a sample, greedy, from the checkpoint and from the export with its cache"):
-        report_sample(checkpoint, exported)
+        report_sample(checkpoint, exported, PROMPT)
     print(f"\n8  all of it took {time.perf_counter() - began:.0f} s. To go on (source .venv/bin/activate first):")
     print(f"""
    tensorboard --logdir {output.parent}                                   # curves
@@ -156,18 +156,18 @@ def report_loss(checkpoint: Checkpoint, config: RunConfig) -> None:
     print(f"   the model is {unigram - result.loss:.2f} nats below the unigrams")
 
 
-def report_sample(checkpoint: Checkpoint, exported: Path) -> None:
+def report_sample(checkpoint: Checkpoint, exported: Path, text: str) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = stored_tokenizer(checkpoint)
-    prompt = [tokenizer.eos, *tokenizer.encode(PROMPT)]
+    prompt = [tokenizer.eos, *tokenizer.encode(text)]
     ours = list(generate_tokens(load_model(checkpoint), prompt, NEW_TOKENS, temperature=0.0))
     model: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
     ids = torch.tensor([prompt])
     theirs = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, max_new_tokens=NEW_TOKENS
     )[0, len(prompt) :].tolist()
-    print("   " + (PROMPT + tokenizer.decode(ours)).replace("\n", "\n   "))
+    print("   " + (text + tokenizer.decode(ours)).replace("\n", "\n   "))
     if ours != theirs:
         raise UserError(f"the export generates other tokens: {theirs} instead of {ours}")
     print(f"   {len(ours)} tokens, the same from both")

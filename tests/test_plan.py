@@ -19,7 +19,7 @@ from megakrause.models.cost import measure
 from megakrause.plan import GPUS, USABLE, make_plan, receptive_field, search
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "configs" / "lm").glob("*.toml"))
+SHIPPED = sorted(path for kind in ("lm", "lora") for path in (ROOT / "configs" / kind).glob("*.toml"))
 MEMORY = ROOT / "tests/training/memory.py"
 
 SMALL = """
@@ -75,6 +75,9 @@ CASES = [
     "parallel.tp=2;model.kv_heads=1;model.tie_embeddings=true;parallel.zero=3",
     "parallel.pp=2;parallel.zero=1;train.micro_batch=2",
     "parallel.cp=2;parallel.zero=2;model.positions=learned;model.max_positions=48;model.qkv_bias=true",
+    "parallel.zero=0;model.attention=dual;model.lora.rank=3;model.lora.alpha=8.0",
+    "parallel.zero=2;train.precision=bf16;model.lora.rank=3;model.lora.alpha=8.0",
+    "parallel.zero=3;parallel.tp=2;model.attention=dual;model.lora.rank=3;model.lora.alpha=8.0",
 ]
 
 

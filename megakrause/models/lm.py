@@ -98,8 +98,8 @@ class LanguageModel(nn.Module):
 
         Context-parallel ranks take and return their own s of the positions. doc_start: int32 [b, of all ranks], as in
         `TokenBatch`. cache: what `new_cache` gave; the tokens go on from its position. length: s, where x is a stream.
-        seeds: int64 [b], of dropout, a number of its own for each sequence and epoch; None: no dropout. Raises
-        UserError when learned positions run out."""
+        seeds: int64 [b], of dropout, a number of its own for each sequence and epoch; without them, and in evaluation
+        mode, nothing is dropped. Raises UserError when learned positions run out."""
         s = length or x.shape[1]
         start = self.layout.cp.rank * s if cache is None else cache.position
         limit = self.config.max_positions
@@ -113,7 +113,8 @@ class LanguageModel(nn.Module):
             rotary = rotary_angles(positions, self.config.head_size, self.config.rope_theta, self.config.rope_scaling)
         elif doc_start is not None:  # a document's own, as if it stood alone
             positions = positions - doc_start[:, start : start + s]
-        sequence = Sequence(start, s, rotary, doc_start, None if seeds is None else Noise(seeds, start))
+        noise = Noise(seeds, start) if seeds is not None and self.training else None
+        sequence = Sequence(start, s, rotary, doc_start, noise)
         if self.embedding is not None:
             x = self.embedding(x, positions)
         for i, block in enumerate(self.blocks.values()):

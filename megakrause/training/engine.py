@@ -140,7 +140,7 @@ class Engine:
         batch = batch.at(self._positions).to(self.mesh.device)
         self._total.zero_()
         if self.mesh.pp.size > 1:
-            batches = iter([_for_pipeline(batch)])
+            batches = iter([_for_pipeline(batch, self._seeds(batch))])
             self._engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=1)
         else:
             self._engine.eval()
@@ -158,11 +158,12 @@ class Engine:
         return loss
 
     def _seeds(self, batch: TokenBatch) -> Tensor | None:
-        """Of dropout, int64 [b]: the run's seed in the high bits, the number of the sequence in the low ones."""
+        """Of dropout, int64 [b]: the run's seed in the high bits, the number of the sequence in the low ones. Also in
+        evaluation, where nothing is dropped: pipeline stages always wait for tensors of the same shapes."""
         if self._dropout_seed is None:
             return None
-        assert batch.numbers is not None
-        return batch.numbers + self._dropout_seed
+        numbers = torch.zeros(len(batch.tokens), dtype=torch.int64) if batch.numbers is None else batch.numbers
+        return (numbers + self._dropout_seed).to(batch.tokens.device)
 
     def _pipeline_loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         return self._loss_sum(logits, *labels) * self._scale
@@ -204,7 +205,7 @@ class Engine:
         self._state.load_weights(self._engine, weights.read, weights.shapes)
 
 
-def _for_pipeline(batch: TokenBatch, seeds: Tensor | None = None) -> tuple[Any, tuple[Tensor, Tensor]]:
+def _for_pipeline(batch: TokenBatch, seeds: Tensor | None) -> tuple[Any, tuple[Tensor, Tensor]]:
     """(input of the first stage, what the last one's loss needs)."""
     others = tuple(x for x in (batch.doc_start, seeds) if x is not None)
     return (batch.tokens, *others) if others else batch.tokens, (batch.targets, batch.loss_mask)
