@@ -48,7 +48,10 @@ def _command(
 def _add_train(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from megakrause.config_file import load_config
+        from megakrause.parallel.launcher import end_with_launcher, is_launched
 
+        if is_launched():
+            end_with_launcher()
         try:
             config = load_config(arguments.config, arguments.overrides)
         except UserError as error:

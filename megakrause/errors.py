@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -24,7 +25,13 @@ class Unreachable(UserError):
 class Stopped(Exception):
     """The run was asked to end before its last step, and has saved: the same command goes on."""
 
+    def say(self) -> None:
+        """Once on each host, whose launcher looks for it."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"stopped: {self}", file=sys.stderr, flush=True)
 
+
+OTHERS_SECONDS = 1.0
 STOPPED = 75  # exit status of the above; sysexits.h: "temporary failure, the user is invited to retry"
 
 
@@ -40,10 +47,10 @@ def run_command(command: Callable[[], None]) -> int:
     except UserError as error:
         if not error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
             _complain(str(error))
+        else:  # the first rank that ends has its launcher end the others, also the one that says why
+            time.sleep(OTHERS_SECONDS)
         return 1
-    except Stopped as stopped:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # each host's launcher looks for it
-            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+    except Stopped:
         return STOPPED
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

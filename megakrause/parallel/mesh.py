@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,9 +15,9 @@ from torch._C._distributed_c10d import HashStore
 
 from megakrause.config import ParallelConfig
 from megakrause.errors import UserError, explain_os_error
+from megakrause.parallel.launcher import end_with_launcher, is_launched, outlive_launcher
 
 T = TypeVar("T")
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -151,7 +148,7 @@ class Mesh:
         is not what `parallel` needs."""
         parallel = parallel or ParallelConfig()
         rank, size, local_rank = 0, 1, 0
-        if launched := "MASTER_ADDR" in os.environ:
+        if launched := is_launched():
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
         shape = mesh_shape(parallel, size)
@@ -166,9 +163,9 @@ class Mesh:
         timeout = timedelta(seconds=parallel.timeout + 60)  # the watch, which knows more, comes first
         if not dist.is_initialized():
             if launched:
-                _end_with_launcher(signal.SIGKILL)  # until they have met, ranks would look for it for many minutes
+                end_with_launcher()
                 dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
-                _end_with_launcher(0)
+                outlive_launcher()
             else:  # alone: no address and no port that another job could hold
                 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -190,12 +187,6 @@ class Mesh:
         data = make_axis(np.moveaxis(ranks, 3, 1).reshape(-1, shape[1] * shape[2]), timeout)
         world = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         return Mesh(pp, dp, cp, tp, data, world, device)
-
-
-def _end_with_launcher(number: int) -> None:
-    """From now on this process gets a signal when the one that started it ends; 0: none. On Linux alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def mesh_shape(parallel: ParallelConfig, processes: int) -> tuple[int, int, int, int]:

@@ -133,6 +133,7 @@ class Trainer:
                 verdict = self._train_step(bar)
                 verdict, stopping = self._agree(verdict, stop)
                 if stopping:
+                    bar.close()  # what is said last stands on lines of its own
                     self._stop(stop, watch)
                 elif verdict is Verdict.GO_ON:
                     self._evaluate_and_save(watch)
@@ -220,7 +221,10 @@ class Trainer:
         self._check_saved(final=True)
         watch.finish()
         steps = self.config.train.steps
-        raise Stopped(f"{reason}; saved at step {self.step} of {steps}; the same command goes on from there")
+        stopped = Stopped(f"{reason}; saved at step {self.step} of {steps}; the same command goes on from there")
+        stopped.say()
+        self.mesh.world.gather_objects(None)  # the first rank that ends has its launcher end the others
+        raise stopped
 
     def _roll_back(self, verdict: Verdict, watch: Watch) -> None:
         """Goes back to the last checkpoint. Raises UserError on every rank when that has not helped before."""

@@ -34,6 +34,7 @@ class Moved:
 
     def __init__(self, weights: dict[str, torch.Tensor], move: Callable[[torch.Tensor], torch.Tensor]):
         self.weights = {name: torch.nextafter(w, move(w)).flatten().float() for name, w in weights.items()}
+        self.shapes = {name: w.shape for name, w in weights.items()}
 
     def read(self, name: str, kind: str, offset: int, numel: int, box: object, out: object) -> torch.Tensor:
         return self.weights[name][offset : offset + numel]

@@ -58,8 +58,9 @@ def fill(folder: Path) -> None:
 
 
 def read_only(folder: Path) -> None:
-    """A remount would wait for files that are open."""
-    subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+    """By a mount on top of it, since the one below has files that are open for writing."""
+    for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder]):
+        subprocess.run(command, check=True)
 
 
 @needs_root
