@@ -10,7 +10,7 @@ from megakrause.data.inputs import INPUT_HELP, SUFFIX_HELP, SUFFIXES
 from megakrause.data.instructions import Instructions
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.tokenizer import Tokenizer
-from megakrause.errors import run_command
+from megakrause.errors import UserError, run_command
 
 EXAMPLES = """examples:
   python data_prep/tokenize_text.py --input corpus/ --tokenizer tokenizer.model --output data/corpus
@@ -73,9 +73,7 @@ def main() -> None:
     what.add_argument(
         "--messages-field", metavar="FIELD", help="conversations, for the tokenizer's chat template; answers are learnt"
     )
-    parser.add_argument(
-        "--response-field", metavar="FIELD", default="targets", help="instructions: what is learnt; default: targets"
-    )
+    parser.add_argument("--response-field", metavar="FIELD", help="instructions: what is learnt; default: targets")
     parser.add_argument(
         "--max-tokens",
         type=positive,
@@ -104,8 +102,15 @@ def main() -> None:
 
     def run() -> None:
         instructions = None
+        if not (arguments.prompt_field or arguments.messages_field):
+            for option in ("response_field", "max_tokens"):
+                if getattr(arguments, option) is not None:
+                    name = option.replace("_", "-")
+                    raise UserError(f"--{name} is of instructions: give --prompt-field or --messages-field, too")
+        elif arguments.eos or arguments.min_chars or arguments.max_chars or arguments.document_separator:
+            raise UserError("--eos, --min-chars, --max-chars and --document-separator are not of instructions")
         if arguments.prompt_field or arguments.messages_field:
-            pair = (arguments.prompt_field, arguments.response_field)
+            pair = (arguments.prompt_field, arguments.response_field or "targets")
             fields = pair if arguments.prompt_field else (arguments.messages_field,)
             instructions = Instructions(fields, arguments.max_tokens)
         summary = tokenize_corpus(

@@ -79,6 +79,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
         if arguments.tasks:
+            if arguments.data is not None:
+                raise UserError("--data is of the held-out loss, --tasks have data of their own; leave one out")
             from megakrause.tasks import evaluate_tasks
 
             scores = evaluate_tasks(
@@ -93,6 +95,9 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
             )
             print(scores)
             return
+        for option in ("json", "limit", "shots", "task_folder"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} is of --tasks; name some, or leave it out")
         from megakrause.evaluate import evaluate_checkpoint
 
         print(evaluate_checkpoint(arguments.checkpoint, arguments.data))

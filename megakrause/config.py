@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 CoreKind = Literal["krause", "softmax", "softmax_window"]
-AttentionKind = CoreKind | Literal["dual"]
+AttentionKind = Literal["krause", "softmax", "softmax_window", "dual"]
 
 
 class RopeScaling(Section):
@@ -35,12 +35,13 @@ class RopeScaling(Section):
     original_positions: int = Field(default=8192, gt=0, description="length that the model was trained on at first")
 
 
-Projection = Literal["query", "key", "value", "output"]
-AdapterTarget = (
-    Projection
-    | Literal["attention.query", "attention.key", "attention.value", "attention.output"]
-    | Literal["krause.query", "krause.key", "krause.value", "krause.output", "gate", "up", "down"]
-)
+# fmt: off
+AdapterTarget = Literal[
+    "query", "key", "value", "output", "gate", "up", "down",
+    "attention.query", "attention.key", "attention.value", "attention.output",
+    "krause.query", "krause.key", "krause.value", "krause.output",
+]
+# fmt: on
 
 
 class LoraConfig(Section):
@@ -438,6 +439,13 @@ class RunConfig(Section):
                 f"model.layers = {model.layers} are too few for parallel.pp = {parallel.pp} stages; "
                 f"use at most {model.layers}"
             )
+        if parallel.pp > 1 and model.lora is not None and all(t.startswith("krause.") for t in model.lora.targets):
+            kinds = [kind for kind in model.attention_of_layers if kind not in ("dual", "krause")]
+            if kinds:
+                raise ValueError(
+                    f"parallel.pp = {parallel.pp}: model.lora.targets leave nothing to train in {kinds[0]} layers, and "
+                    "a stage of such alone cannot be; add a target that every layer has, such as 'query'"
+                )
         if parallel.stages is not None and sum(parallel.stages) != model.layers:
             raise ValueError(
                 f"parallel.stages = {parallel.stages} have {sum(parallel.stages)} layers in all, "

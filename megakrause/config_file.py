@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -61,7 +62,9 @@ def _explain(error: ValidationError) -> str:
     """One line for the first of pydantic's complaints."""
     errors = error.errors()
     first = errors[0]
-    key = ".".join(str(part) for part in first["loc"][:2])  # section and key; pydantic adds which type it tried
+    place = [str(part) for part in first["loc"]]
+    depth = 3 if ".".join(place[:2]) in _tables() else 2
+    key = ".".join(place[:depth])  # pydantic adds which type it tried
     if key == "data.train" and (inside := [e for e in errors if len(e["loc"]) > 3]):  # of a list, not of a string
         first = max(inside, key=lambda e: len(e["loc"]))
         number, *rest = first["loc"][3:]
@@ -89,10 +92,19 @@ def _unknown(key: str) -> str:
 
 def _keys() -> list[str]:
     """Every legal key, dotted, and every section."""
-    keys: list[str] = []
-    for name, field in RunConfig.model_fields.items():
-        keys.append(name)
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-    return keys
+    return [name for name, _ in _fields(RunConfig)]
+
+
+def _tables() -> list[str]:
+    """The keys of sections that are tables themselves."""
+    return [name for name, inside in _fields(RunConfig) if inside and "." in name]
+
+
+def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """(dotted key, whether it is a table) of a section and all tables in it."""
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inside = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        yield prefix + name, bool(inside)
+        for kind in inside:
+            yield from _fields(kind, f"{prefix}{name}.")

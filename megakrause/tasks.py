@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megakrause.errors import UserError
-from megakrause.hf.export import export, is_code_ours
+from megakrause.hf.export import export, has_code, is_code_ours
 from megakrause.table import table
 
 
@@ -39,12 +39,14 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError("tasks are run by lm-evaluation-harness; pip install 'megakrause[eval]'") from error
+    if json_path is not None and not json_path.parent.is_dir():
+        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}")
     manager = TaskManager(include_path=None if include is None else str(include))
     known = set(manager.all_tasks)
     if unknown := [task for task in tasks if task not in known]:
         raise UserError(f"lm-evaluation-harness has no task {unknown[0]}; `lm_eval ls tasks` lists those that it has")
     with _exported(path) as folder:
-        if not (trusted := is_code_ours(folder)) and not trust_remote_code and any(folder.glob("*.py")):
+        if not (trusted := is_code_ours(folder)) and not trust_remote_code and has_code(folder):
             raise UserError(f"{folder} has code of its own, which is not run unless asked for: --trust-remote-code")
         gpu = torch.cuda.is_available()
         try:

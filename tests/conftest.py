@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -25,6 +26,15 @@ os.environ["HF_HOME"] = _hf_home.name
 # Examples are drawn the same way every time, and the first call of a function may compile it.
 settings.register_profile("megakrause", deadline=None, derandomize=True)
 settings.load_profile("megakrause")
+
+
+@pytest.fixture(autouse=True)
+def ranks_stay_out_of_the_environment() -> Iterator[None]:
+    """A mesh of this process alone says so in the environment; processes that a later test starts must not see it."""
+    names = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
+    yield
+    for name in names:
+        os.environ.pop(name, None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

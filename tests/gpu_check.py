@@ -45,7 +45,13 @@ from megakrause.ops.krause_launch import Launch, Tiles
 from megakrause.table import table
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_krause_triton.py", "test_krause_operators.py", "test_krause_decode.py", "test_golden.py")
+TESTS = (
+    "test_krause_triton.py",
+    "test_krause_operators.py",
+    "test_krause_decode.py",
+    "test_golden.py",
+    "test_feature_dropout.py",
+)
 SMALL = """
 import torch
 from megakrause import Grid, krause_attention

@@ -140,6 +140,7 @@ def test_overrides_of_top_level_keys_and_of_several_keys(small: Path) -> None:
         ("optim.learning_rate=3", "unknown config key 'optim.learning_rate'; did you mean 'optim."),
         ("model.layers=none", "config key 'model.layers' is missing"),
         ("optim=none", "config key 'optim' is missing"),
+        ("model.lora.rank=4", "config key 'model.lora.alpha' is missing"),
     ],
 )
 def test_overrides_that_cannot_be(small: Path, override: str, says: str) -> None:
@@ -161,10 +162,13 @@ def test_overrides_that_cannot_be(small: Path, override: str, says: str) -> None
         (dict(model__layers="two"), ["model.layers", "'two'", "integer"]),
         (dict(model__sigma=0.0), ["model.sigma", "0.0", "greater than 0"]),
         (dict(model__kind="vit"), ["model.kind", "'vit'", "'lm'"]),
-        (dict(model__attention="linear"), ["model.attention = 'linear'", "'krause', 'softmax' or 'softmax_window'"]),
+        (
+            dict(model__attention="linear"),
+            ["model.attention = 'linear'", "'krause', 'softmax', 'softmax_window' or 'dual'"],
+        ),
         (
             dict(model__attention=["krause", "linear"]),
-            ["model.attention = ['krause', 'linear']", "'krause', 'softmax' or 'softmax_window'"],
+            ["model.attention = ['krause', 'linear']", "'krause', 'softmax', 'softmax_window' or 'dual'"],
         ),
         (dict(model__positions="alibi"), ["model.positions", "'alibi'", "'rope' or 'learned'"]),
         (dict(model=3), ["model", "3", "dictionary"]),
@@ -190,6 +194,27 @@ def test_overrides_that_cannot_be(small: Path, override: str, says: str) -> None
             dict(model__positions="learned", model__max_positions=63),
             ["train.seq_len = 64", "at most model.max_positions = 63"],
         ),
+        (
+            dict(model__lora={"rank": 4, "alpha": 1.0, "rnak": 2}),
+            ["'model.lora.rnak'", "did you mean 'model.lora.rank'"],
+        ),
+        (dict(model__lora={"rank": 0, "alpha": 1.0}), ["model.lora.rank", "0", "greater than 0"]),
+        (
+            dict(model__lora={"rank": 4, "alpha": 1.0, "targets": ["q_proj"]}),
+            ["model.lora.targets", "'q_proj'", "'query'"],
+        ),
+        (
+            dict(model__lora={"rank": 4, "alpha": 1.0, "targets": ["krause.query"]}),
+            ["model.lora.targets has 'krause.query'", "only dual layers have a Krause branch"],
+        ),
+        (
+            dict(
+                model__lora={"rank": 4, "alpha": 1.0, "targets": ["krause.query"]},
+                model__attention=["softmax", "dual"],
+                parallel__pp=2,
+            ),
+            ["parallel.pp = 2", "nothing to train in softmax layers", "'query'"],
+        ),
         (dict(optim__min_lr=0.01), ["optim.min_lr = 0.01", "optim.lr = 0.001"]),
         (dict(train__eval_every=10), ["train.eval_every = 10", "data.valid", "train.eval_every = 0"]),
     ],
@@ -199,7 +224,7 @@ def test_bad_values_are_named_in_one_line(changes: dict[str, Any], names: list[s
     with pytest.raises(UserError) as raised:
         parse_config(tree(**changes))
     message = str(raised.value)
-    assert "\n" not in message and len(message) < 250
+    assert "\n" not in message and len(message) < 300
     assert [name for name in names if name not in message] == [], message
 
 

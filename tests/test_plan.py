@@ -102,6 +102,7 @@ BIG = (
         "train.micro_batch=4",
         "train.micro_batch=4;parallel.recompute=full",
         "train.micro_batch=2;parallel.recompute=selective;model.attention=softmax",
+        "train.micro_batch=4;model.attention=dual;model.lora.rank=8;model.lora.alpha=8.0;model.lora.dropout=0.1",
     ],
 )
 def test_resident_memory_grows_by_what_is_planned(small: Path, case: str) -> None:

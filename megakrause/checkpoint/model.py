@@ -129,6 +129,15 @@ class StartingWeights(Weights):
         return self._weights.read(self._sources[name], kind, offset, numel, box, out)
 
 
+def check_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Raises UserError when a model that starts from weights of another would compute something else with them."""
+    for key in ("heads", "num_kv_heads", "head_size", "positions", "rope_theta", "rope_scaling", "norm_eps"):
+        there, here = getattr(theirs, key), getattr(ours, key)
+        name = {"num_kv_heads": "kv_heads", "head_size": "head_dim"}.get(key, key)
+        if there != here and not (key.startswith("rope") and ours.positions == theirs.positions == "learned"):
+            raise UserError(f"{path} has {name} = {there}, model.{name} is {here}; they must agree")
+
+
 def check_shapes(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError when they are of another model than one with parameters of these shapes."""
     for name in [*expected, *weights.shapes]:

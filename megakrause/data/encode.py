@@ -15,13 +15,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from megakrause.data.instructions import InstructionEncoder, Instructions
+from megakrause.data.instructions import InstructionEncoder, Instructions, template_hash
 from megakrause.data.layout import token_dtype
 from megakrause.data.quarantine import Rejected
 from megakrause.data.records import ReadOptions
 from megakrause.data.sources import Part, read_part
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
+
+Identity = tuple[str, str | None]  # of a tokenizer and its chat template
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def encode_groups(
         try:
             for group in groups:
                 pending.append(
-                    (group, pool.submit(_encode_in_worker, group, tokenizer.path, tokenizer.fingerprint, options))
+                    (group, pool.submit(_encode_in_worker, group, tokenizer.path, _identity(tokenizer), options))
                 )
                 if len(pending) == 4 * workers:
                     group, work = pending.popleft()
@@ -99,16 +101,15 @@ def _encode(parts: list[Part], tokenizer: Tokenizer, options: EncodeOptions) -> 
                 made.filtered += 1
             elif encoder is not None:
                 try:
-                    ids, cut = encoder.encode(text)
+                    sample = encoder.encode(text)
                 except ValueError as error:
                     rejected.append(Rejected(part.input.path, line, str(error)))
                     continue
-                made.cut += cut
-                made.filtered += not len(ids)
-                if len(ids):
-                    tokens.append(ids)
-                    lengths.append(len(ids))
-                    made.text_bytes += len(text.encode())
+                made.cut += sample.cut
+                made.filtered += sample.left_out
+                tokens += sample.documents
+                lengths += map(len, sample.documents)
+                made.text_bytes += sample.text_bytes
             else:
                 ids = tokenizer.encode_array(text)
                 if not len(ids) + len(separator):  # a tokenizer that drops spaces, and no separator
@@ -121,6 +122,10 @@ def _encode(parts: list[Part], tokenizer: Tokenizer, options: EncodeOptions) -> 
         made.rejected.append(rejected)
     made.tokens, made.lengths = np.concatenate(tokens), np.array(lengths, np.int32)
     return made
+
+
+def _identity(tokenizer: Tokenizer) -> Identity:
+    return tokenizer.fingerprint, template_hash(tokenizer)
 
 
 @lru_cache(maxsize=1)
@@ -141,13 +146,13 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _encode_in_worker(parts: list[Part], path: str, fingerprint: str, options: EncodeOptions) -> Encoded:
-    return _encode(parts, _load_once(path, fingerprint), options)
+def _encode_in_worker(parts: list[Part], path: str, identity: Identity, options: EncodeOptions) -> Encoded:
+    return _encode(parts, _load_once(path, identity), options)
 
 
 @lru_cache(maxsize=1)
-def _load_once(path: str, fingerprint: str) -> Tokenizer:
+def _load_once(path: str, identity: Identity) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
-    if tokenizer.fingerprint != fingerprint:
+    if _identity(tokenizer) != identity:
         raise UserError(f"tokenizer {path} changed while it was in use")
     return tokenizer

@@ -90,6 +90,10 @@ class HuggingFaceCodec:
         marked.no_padding()
         return marked
 
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        return [token.content for token in self._fast.get_added_tokens_decoder().values() if token.special]
+
     @property
     def chat_template(self) -> tuple[str | None, dict[str, str]]:
         """(Jinja template or None, the special tokens by the names that it has for them)."""

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megakrause.data.encode import Encoded, EncodeOptions, encode_groups
 from megakrause.data.huggingface_tokenizer import TOKENIZER
 from megakrause.data.inputs import SUFFIXES, Input, find_inputs
-from megakrause.data.instructions import InstructionEncoder, Instructions
+from megakrause.data.instructions import InstructionEncoder, Instructions, template_hash
 from megakrause.data.journal import journal_path, read_journal
 from megakrause.data.layout import TokenizerInfo, check_output, manifest_path
 from megakrause.data.quarantine import Quarantine
@@ -117,7 +117,7 @@ def tokenize_corpus(
         "inputs": xxhash.xxh3_128_hexdigest(repr(sources).encode()),
         "tokenizer": tokenizer.fingerprint,
         "shard_bytes": shard_bytes,
-        **_settings(reading, instructions),
+        **_settings(reading, instructions, tokenizer),
         "eos": options.eos,
         "min_chars": min_chars,
         "max_chars": max_chars,
@@ -265,11 +265,12 @@ class _Run:
         return self._starts[number] + (self.progress.done if number < len(self._sizes) else 0)
 
 
-def _settings(reading: ReadOptions, instructions: Instructions | None) -> dict[str, Any]:
+def _settings(reading: ReadOptions, instructions: Instructions | None, tokenizer: Tokenizer) -> dict[str, Any]:
     settings = asdict(reading)
     del settings["fields"]
     if instructions is not None:
         settings["instructions"] = [*instructions.fields, instructions.max_tokens]
+        settings["template"] = template_hash(tokenizer)
     return settings
 
 

@@ -87,8 +87,9 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text that a token stands for, on average; None where that is not known."""
-        return self.num_bytes / self.num_tokens if self.num_bytes else None
+        """Bytes of text that a token stands for, on average; None where that is not known, and for instructions, of
+        which only a part is learnt."""
+        return self.num_bytes / self.num_tokens if self.num_bytes and not self.has_prompts else None
 
     @cached_property
     def fingerprint(self) -> str:

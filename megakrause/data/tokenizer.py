@@ -90,6 +90,11 @@ class Tokenizer:
         """(Jinja template or None, the special tokens by the names that it has for them)."""
         return self._codec.chat_template if isinstance(self._codec, HuggingFaceCodec) else (None, {})
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """What `encode_marked` takes for special tokens."""
+        return self._codec.special_tokens if isinstance(self._codec, HuggingFaceCodec) else []
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; separators have none, bytes that are not UTF-8 become U+FFFD."""
         return self._codec.decode(ids)

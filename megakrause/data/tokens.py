@@ -22,6 +22,9 @@ class TokenWindows:
     last; a part of one that was cut begins with the token before it. What a window has beyond its documents is padding:
     `eos`, with loss_mask False. With `mask_documents`, nothing is seen of other documents, nor of what was cut off.
 
+    Of instructions, a response is learnt only where its prompt can be seen: samples are always packed best-fit, and
+    what of one that is longer than a window continues in the next is read and not learnt.
+
     seed None: in the corpus's own order, for evaluation. Else each epoch permutes blocks, the windows of each `group`
     of blocks, and the documents of each block, by keys of (seed, the corpus's content, epoch).
     """
@@ -41,7 +44,7 @@ class TokenWindows:
         self.seq_len = seq_len
         self.eos = eos
         self.mask_documents = mask_documents
-        self.packing = packing
+        self.packing: Packing = "best_fit" if corpus.has_prompts else packing
         self._key = None if seed is None else (seed, int(corpus.fingerprint[:16], 16))
         self.order = BlockOrder(num_windows(corpus.block_tokens, seq_len), self._key, group)
         self._announced: list[int] = []  # blocks that will be wanted next
@@ -75,7 +78,7 @@ class TokenWindows:
             def take(places: np.ndarray, shard: Shard = shard) -> np.ndarray:
                 return self._known(shard, places, shard.tokens.take(shard.dtype, places, shard.base).astype(np.int64))
 
-            self._packed(epoch, block).write(rows, numbers[chosen], windows, take)
+            self._packed(epoch, block).write(rows, numbers[chosen], windows, take, self.corpus.has_prompts)
         if len(samples) and (following := self.order.next_blocks(int(samples.max()))) != self._announced:
             self._announced = following
             for block in following:

@@ -48,10 +48,15 @@ class PackedBlock(NamedTuple):
         return cls(starts, pieces, np.searchsorted(pieces.window, np.arange(windows + 1)))
 
     def write(
-        self, rows: Rows, numbers: np.ndarray, windows: np.ndarray, take: Callable[[np.ndarray], np.ndarray]
+        self,
+        rows: Rows,
+        numbers: np.ndarray,
+        windows: np.ndarray,
+        take: Callable[[np.ndarray], np.ndarray],
+        prompts: bool = False,
     ) -> None:
         """Writes windows [n] into the rows of these numbers [n]. take: the tokens at some places; those that are only
-        read as -1 - id."""
+        read as -1 - id. prompts: what continues a document of an earlier window is only read, too."""
         # The pieces of each window, then the tokens of each piece: where they come from and where they go.
         counts = self.first[windows + 1] - self.first[windows]
         row, piece = np.repeat(numbers, counts), _ranges(self.first[windows], counts)
@@ -69,7 +74,8 @@ class PackedBlock(NamedTuple):
         inputs[begins[cut]] = np.maximum(before, ~before)
         rows.inputs.reshape(-1)[goal] = inputs
         rows.targets.reshape(-1)[goal] = targets
-        rows.mask.reshape(-1)[goal] = stored >= 0
+        learnt = stored >= 0
+        rows.mask.reshape(-1)[goal] = learnt & np.repeat(offset == 0, length) if prompts else learnt
         rows.doc_start.reshape(-1)[goal] = np.repeat(place, length)
 
 

@@ -16,15 +16,16 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel
 
 from megakrause.checkpoint.files import tensor_chunks, write_bytes
-from megakrause.checkpoint.model import MergedWeights, check_shapes, stored_config
+from megakrause.checkpoint.model import MergedWeights, check_same_model, check_shapes, stored_config
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint
 from megakrause.config import LoraConfig
 from megakrause.errors import UserError
 from megakrause.hf.config import read_config
-from megakrause.hf.export import MODELING, compare_logits, is_code_ours, load_float64, staged
+from megakrause.hf.export import compare_logits, has_code, is_code_ours, load_float64, staged
 from megakrause.hf.names import to_hf
 from megakrause.hf.weights import HuggingFaceWeights
 from megakrause.models.build import build_model, whole_shapes
+from megakrause.models.lm import LanguageModel
 from megakrause.models.lora import adapter_names
 
 LAYERS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"} | {
@@ -58,10 +59,13 @@ def export_adapter(checkpoint: str, base: Path, out: Path) -> float:
 
 def _check_base(source: Checkpoint, base: Path) -> None:
     """Frozen weights may have been rounded to 16 bits here, trained ones there."""
-    code = base / f"{MODELING}.py"
-    if code.exists() and not is_code_ours(base):
-        raise UserError(f"{code} is not this version's and is not run; write {base} anew with convert to-hf")
+    if has_code(base) and not is_code_ours(base):
+        raise UserError(f"{base} has code that is not this version's and is not run; write it anew with convert to-hf")
     model, _ = read_config(base)
+    try:
+        check_same_model(str(base), model, stored_config(source).model)
+    except UserError as error:
+        raise UserError(f"{base} is not the base of these adapters: {error}") from error
     frozen, theirs = MergedWeights(source, adapters=False), HuggingFaceWeights(base, model.tie_embeddings)
     try:
         check_shapes(theirs, whole_shapes(model))
@@ -97,20 +101,21 @@ def _peft_config(lora: LoraConfig, base: Path) -> PeftConfig:
     )
 
 
-@torch.no_grad()
 def _compare(source: Checkpoint, lora: LoraConfig, base: Path, folder: Path) -> float:
-    config, _ = read_config(base)
-    theirs = HuggingFaceWeights(base, config.tie_embeddings)
-    model = build_model(config)
-    for name, param in model.named_parameters():
-        weight, (a, b) = theirs.weights(name), adapter_names(name)
-        if a in source.shapes:
-            weight.addmm_(source.weights(b), source.weights(a), alpha=lora.scale)
-        param.copy_(weight)
-    model.eval()
+    config = stored_config(source).model.model_copy(update={"lora": None})
+
+    @torch.no_grad()
+    def ours() -> LanguageModel:
+        theirs, model = HuggingFaceWeights(base, config.tie_embeddings), build_model(config)
+        for name, param in model.named_parameters():
+            weight, (a, b) = theirs.weights(name), adapter_names(name)
+            if a in source.shapes:
+                weight.addmm_(source.weights(b), source.weights(a), alpha=lora.scale)
+            param.copy_(weight)
+        return model.eval()
 
     def reload() -> Any:
         plain = load_float64(base, trust_remote_code=is_code_ours(base))
         return PeftModel.from_pretrained(plain, folder).double().eval()
 
-    return compare_logits(model, reload, source.path)
+    return compare_logits(ours, reload, source.path)

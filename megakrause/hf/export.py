@@ -46,6 +46,10 @@ from megakrause.models.lm import LanguageModel
 
 MARKER = "megakrause_export.json"
 MODELING = "modeling_megakrause"
+AUTO_MAP = {
+    "AutoConfig": f"{MODELING}.MegakrauseConfig",
+    "AutoModelForCausalLM": f"{MODELING}.MegakrauseForCausalLM",
+}
 SHARD_SIZE = 5 * 10**9  # bytes
 # A Krause layer looks back a window, however long the text is. What limits the length then is float32: rotation angles
 # at position 2^17 are 2^-7 apart.
@@ -61,11 +65,15 @@ def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32, *, ad
     source = find_checkpoint(checkpoint)
     with staged(out, source.step) as (folder, marker):
         _write(source, folder, dtype, adapters)
-        model = load_model(source, adapters=adapters)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def ours() -> LanguageModel:
+            model = load_model(source, adapters=adapters)
             for param in model.parameters():
                 param.copy_(param.to(dtype))
-        difference = compare_logits(model, lambda: load_float64(folder, trust_remote_code=True), source.path)
+            return model
+
+        difference = compare_logits(ours, lambda: load_float64(folder, trust_remote_code=True), source.path)
         marker["max_logit_difference"] = difference
     return difference
 
@@ -156,10 +164,7 @@ def hf_config(
         learned_positions=model.positions == "learned",
         rope_theta=model.rope_theta,
         architectures=["MegakrauseForCausalLM"],
-        auto_map={
-            "AutoConfig": f"{MODELING}.MegakrauseConfig",
-            "AutoModelForCausalLM": f"{MODELING}.MegakrauseForCausalLM",
-        },
+        auto_map=AUTO_MAP,
     )
 
 
@@ -206,9 +211,24 @@ def _shards(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def is_code_ours(folder: Path) -> bool:
-    """Whether a folder's modelling file is the one that this version writes."""
-    code = folder / f"{MODELING}.py"
-    return code.is_file() and filecmp.cmp(code, modeling_megakrause.__file__, shallow=False)
+    """Whether all the code that transformers would run for a folder is the modelling file that this version writes."""
+    maps: dict[str, Any] = {}
+    for path in folder.glob("*.json"):
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError:
+            return False
+        if isinstance(content, dict) and "auto_map" in content:
+            maps[path.name] = content["auto_map"]
+    code = [path.name for path in folder.rglob("*.py")]
+    if maps != {"config.json": AUTO_MAP} or code != [f"{MODELING}.py"]:
+        return False
+    return filecmp.cmp(folder / code[0], modeling_megakrause.__file__, shallow=False)
+
+
+def has_code(folder: Path) -> bool:
+    """Whether transformers would find code to run for a folder, in it or elsewhere."""
+    return any(folder.rglob("*.py")) or any(b"auto_map" in path.read_bytes() for path in folder.glob("*config.json"))
 
 
 def load_float64(folder: Path, *, trust_remote_code: bool) -> nn.Module:
@@ -219,13 +239,15 @@ def load_float64(folder: Path, *, trust_remote_code: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def compare_logits(model: LanguageModel, reload: Callable[[], Any], path: str) -> float:
-    """The largest absolute difference of logits, on random tokens that reach beyond two windows. `model` is used up.
+def compare_logits(load: Callable[[], LanguageModel], reload: Callable[[], Any], path: str) -> float:
+    """The largest absolute difference of the logits of our model, in float32, and another, in float64, on random tokens
+    that reach beyond two windows. One after the other is in memory.
 
     In float64: the choice of the top_k keys is discontinuous, and where two keys are as near as float32 can tell, the
     same sums in another order keep another key. Our modelling file does our model's arithmetic, and may differ by less
     than the largest logit's last bit in float32. Llama and Qwen2 take norms in float32 and round the frequencies of
     rotation otherwise: they may differ by 4 times what that does to our own model. Raises UserError for more."""
+    model = load()
     config = model.config
     length = max(64, 2 * (config.window or 0) + 2)
     if config.positions == "learned":
@@ -236,6 +258,7 @@ def compare_logits(model: LanguageModel, reload: Callable[[], Any], path: str) -
     rounded: Tensor = model(tokens)
     model.config = config
     expected: Tensor = model.double()(tokens)
+    del model
     reloaded = reload()
     difference = float((reloaded(tokens).logits - expected).abs().max())
     if reloaded.config.model_type == MegakrauseConfig.model_type:

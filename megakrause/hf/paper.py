@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from megakrause.checkpoint.files import tensor_chunks, write_bytes
+from megakrause.checkpoint.files import DTYPES, tensor_chunks, write_bytes
 from megakrause.checkpoint.model import check_shapes
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
@@ -39,18 +39,21 @@ def import_state_dict(source: Path, out: Path, config: Path, window: int, top_k:
     what was read. Raises UserError."""
     try:
         theirs: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tied, tree = bool(theirs.get("tie_word_embeddings")), read_sizes(theirs, config)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read {config}: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{config} lacks {error}") from error
     with tempfile.TemporaryDirectory() as temporary:
         if source.is_dir():
-            weights = PaperWeights(source)
+            weights = PaperWeights(source, tied)
         elif source.suffix == ".safetensors":
-            weights = PaperWeights(source.parent, source.name)
+            weights = PaperWeights(source.parent, tied, source.name)
         else:
             _unpickle(source, Path(temporary))
-            weights = PaperWeights(Path(temporary))
+            weights = PaperWeights(Path(temporary), tied)
         shapes = weights.shapes
-        tree = read_sizes(theirs, config) | {"attention": "dual", "window": window, "top_k": top_k}
+        tree |= {"attention": "dual", "window": window, "top_k": top_k}
         tree |= {name: any(key.endswith(end) for key in shapes) for name, end in FEATURES.items()}
         try:
             model = ModelConfig.model_validate(tree)
@@ -68,8 +71,8 @@ FEATURES = {"qkv_bias": "attention.query.bias", "qk_norm": "attention.query_norm
 class PaperWeights(HuggingFaceWeights):
     """log_sigma is [heads, 1, 1] there. A folder's shards, or one file of it."""
 
-    def __init__(self, folder: Path, file: str | None = None):
-        super().__init__(folder, tied=False, files=None if file is None else [file], translate=our_name)
+    def __init__(self, folder: Path, tied: bool, file: str | None = None):
+        super().__init__(folder, tied, files=None if file is None else [file], translate=our_name)
 
     def shape_of(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
         return stored[:1] if name.endswith("log_sigma") else stored
@@ -83,6 +86,8 @@ def _unpickle(source: Path, folder: Path) -> None:
         raise UserError(f"cannot read {source}: {str(error).splitlines()[0]}") from error
     while isinstance(state, dict) and (inside := [key for key in WRAPPERS if isinstance(state.get(key), dict)]):
         state = state[inside[0]]
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(f"{source} holds no state dict: names with tensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(x, torch.Tensor) and x.dtype in DTYPES for x in state.values()
+    ):
+        raise UserError(f"{source} holds no state dict: names with tensors of floating-point numbers")
     write_bytes(folder, SINGLE, tensor_chunks(state, {}))

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megakrause.checkpoint.fragment import Box
+from megakrause.checkpoint.model import stored_config
 from megakrause.checkpoint.place import open_folder
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.checkpoint.weights import Piece, Weights
+from megakrause.config import ModelConfig
 from megakrause.errors import UserError
 from megakrause.hf.config import read_config
 from megakrause.hf.names import from_hf
@@ -40,9 +42,8 @@ class HuggingFaceWeights(Weights):
         for file in files or self._names():
             opened = self.file(file)
             for key in opened:
-                if LEFT_OUT.fullmatch(key) or tied and key == "lm_head.weight":
+                if LEFT_OUT.fullmatch(key) or (name := translate(key)) == "head.output.weight" and tied:
                     continue
-                name = translate(key)
                 self._shapes[name] = shape = self.shape_of(name, opened.shape(key))
                 box = Box.whole(shape)
                 self._pieces[name] = Piece(box, 0, math.prod(shape), file, key)
@@ -74,6 +75,13 @@ class HuggingFaceWeights(Weights):
             why = "its .bin files are pickles, which may run code: save it again with safetensors" if pickles else ""
             raise UserError(f"{self.path} has neither {SINGLE} nor {INDEX}{'; ' * bool(why)}{why}")
         return [SINGLE]
+
+
+def find_model(path: str, axis: Axis = ALONE) -> ModelConfig:
+    """The model whose weights `find_weights` finds. Raises UserError."""
+    if (Path(path) / "config.json").is_file():
+        return read_config(path)[0]
+    return stored_config(find_checkpoint(path, axis)).model
 
 
 def find_weights(path: str, axis: Axis = ALONE) -> Weights:

@@ -19,6 +19,7 @@ from megakrause.models.block import Block
 from megakrause.models.layout import Layout, Recompute
 from megakrause.models.lm import Embedding, Head
 from megakrause.models.lora import freeze
+from megakrause.ops.feature_dropout import Noise
 from megakrause.ops.krause_launch import triton_refuses
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import TensorParallel
@@ -97,7 +98,10 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
             if model.positions == "rope"
             else None
         )
-        sequence = Sequence(cp.rank * length, length, rotary, documents)
+        noise = None
+        if model.lora is not None and model.lora.dropout > 0:
+            noise = Noise(torch.zeros(1, dtype=torch.int64), cp.rank * length)
+        sequence = Sequence(cp.rank * length, length, rotary, documents, noise)
         share = len(tp.share(length)) if parallel.sequence_parallel else length
         stream = torch.zeros(1, share, model.width, requires_grad=True)
 

@@ -160,6 +160,8 @@ class Mesh:
                 )
             device, backend = torch.device("cuda", local_rank), "nccl"
             torch.cuda.set_device(device)
+        if not launched:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # which DeepSpeed asks for
         timeout = timedelta(seconds=parallel.timeout + 60)  # the watch, which knows more, comes first
         if not dist.is_initialized():
             if launched:
@@ -167,7 +169,6 @@ class Mesh:
                 dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
                 outlive_launcher()
             else:  # alone: no address and no port that another job could hold
-                os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         world = Axis(rank, size, dist.group.WORLD)
         for other, theirs in enumerate(world.gather_objects(parallel)):

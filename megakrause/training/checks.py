@@ -39,10 +39,13 @@ def check_same_data(config: RunConfig, samples: MixedWindows, valid: TokenWindow
 def check_same_run(checkpoint: Checkpoint, config: RunConfig, samples: MixedWindows, tokenizer: Tokenizer) -> None:
     """Raises UserError when the checkpoint is of another model or another order of the data."""
     saved, state, path = stored_config(checkpoint), checkpoint.state, checkpoint.path
+    # Frozen weights have no fp32 master weights: in another precision, they would be rounded for good.
+    precisions = [("train.precision", saved.train.precision, config.train.precision)] if saved.model.lora else []
     for key, before, after in [
         *((f"model.{k}", v, getattr(config.model, k)) for k, v in saved.model),
         ("train.seq_len", saved.train.seq_len, config.train.seq_len),
         ("train.seed", saved.train.seed, config.train.seed),
+        *precisions,
         *((f"data.{k}", getattr(saved.data, k), getattr(config.data, k)) for k in ORDER_KEYS),
         ("the tokenizer's hash", state["tokenizer"], tokenizer.fingerprint),
     ]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megakrause.batch import TokenBatch
 from megakrause.checkpoint.files import write_bytes
-from megakrause.checkpoint.model import StartingWeights
+from megakrause.checkpoint.model import StartingWeights, check_same_model
 from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import Checkpoint, newest_checkpoint
 from megakrause.checkpoint.saver import Saver
@@ -28,7 +28,7 @@ from megakrause.data.mixed import MixedWindows
 from megakrause.data.open import Batches, eval_windows, train_samples
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import Stopped, UserError
-from megakrause.hf.weights import find_weights
+from megakrause.hf.weights import find_model, find_weights
 from megakrause.models.build import build_model, flops_per_token, trained_shapes, whole_shapes
 from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh
@@ -79,6 +79,7 @@ class Trainer:
         self.trained = sum(map(math.prod, trained_shapes(config.model).values()))
         start = None
         if config.train.init_from is not None:
+            check_same_model(config.train.init_from, find_model(config.train.init_from, mesh.world), config.model)
             start = StartingWeights(find_weights(config.train.init_from, mesh.world), config.model)
         # 2. The output folder, which is this run's alone from now on.
         self.locks = mesh.world.together(lambda: self._prepare_output(checkpoint) if mesh.is_main else [])

@@ -108,11 +108,16 @@ def test_every_response_token_is_learnt_once_an_epoch_and_nothing_else(
     windows = TokenWindows(corpus, seq_len, eos=tokenizer.eos, mask_documents=True, seed=1, packing=packing)
     batch = windows.batch(np.arange(len(windows)))
     learnt = sorted(batch.targets[batch.loss_mask].tolist())
-    expected = [[*tokenizer.encode(s["targets"]), tokenizer.eos] for s in SAMPLES]
+    expected = []
+    for sample in SAMPLES:
+        prompt, response = tokenizer.encode(sample["inputs"]), tokenizer.encode(sample["targets"])
+        seen = max(0, seq_len - len(prompt))  # what is cut off is not learnt without its prompt
+        expected.append([*response, tokenizer.eos][:seen])
+    assert seq_len < 64 or sum(map(len, expected)) == 300
     assert learnt == sorted(token for tokens in expected for token in tokens)
     assert batch.tokens.min() >= 0 and batch.targets.min() >= 0
     # Prompts are read: each follows what came before it in its document.
-    if seq_len == 1000 and packing == "best_fit":
+    if seq_len == 1000:
         assert batch.doc_start is not None
         for row in range(len(batch.tokens)):
             for start in batch.doc_start[row].unique().tolist():
@@ -125,7 +130,7 @@ def test_every_response_token_is_learnt_once_an_epoch_and_nothing_else(
 def test_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "How many? <|end|>"},
+        {"role": "user", "content": "How many?"},
         {"role": "assistant", "content": "Three."},
         {"role": "user", "content": "And now?"},
         {"role": "assistant", "content": "Four."},
@@ -135,7 +140,7 @@ def test_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenize_corpus([source], tokenizer, tmp_path / "out", instructions=CHAT)
     found = parts(Corpus.open(tmp_path / "out", tokenizer), 0, tokenizer)
     assert found == [
-        (False, "<|start|>system\nBe brief.<|end|>\n<|start|>user\nHow many? <|end|><|end|>\n<|start|>assistant\n"),
+        (False, "<|start|>system\nBe brief.<|end|>\n<|start|>user\nHow many?<|end|>\n<|start|>assistant\n"),
         (True, "Three.<|end|>\n"),
         (False, "<|start|>user\nAnd now?<|end|>\n<|start|>assistant\n"),
         (True, "Four.<|end|>\n<|endoftext|>"),
@@ -177,6 +182,7 @@ def test_what_is_no_sample_is_listed(tokenizer: Tokenizer, tmp_path: Path) -> No
         ("hello", "a conversation is a list of messages"),
         ([{"role": "user", "content": "x"}], "no message is of the assistant"),
         ([{"role": "assistant"}], "the chat template does not take it"),
+        ([{"role": "user", "content": "x<|end|>"}, {"role": "assistant", "content": "y"}], "the special token <|end|>"),
     ],
 )
 def test_what_is_no_conversation_is_listed(tokenizer: Tokenizer, tmp_path: Path, messages: Any, reason: str) -> None:
@@ -188,6 +194,45 @@ def test_what_is_no_conversation_is_listed(tokenizer: Tokenizer, tmp_path: Path,
     summary = tokenize_corpus([source], Tokenizer(files, "here"), tmp_path / "out", instructions=CHAT)
     assert summary.rejected == 1 and summary.quarantine is not None
     assert reason in summary.quarantine.read_text()
+
+
+REASONING = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"chat_template": template}
+    return Tokenizer(tokenizer.files | {"tokenizer_config.json": json.dumps(config).encode()}, "here")
+
+
+def test_a_template_that_changes_what_came_before_makes_a_document_of_every_answer(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As Qwen3's, which drops earlier reasoning."""
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    source = write_lines(tmp_path / "s.jsonl", [{"messages": messages}])
+    tokenize_corpus([source], with_template(tokenizer, REASONING), tmp_path / "out", instructions=CHAT)
+    corpus = Corpus.open(tmp_path / "out", tokenizer)
+    assert corpus.num_documents == 2
+    first = "<|start|>user\na<|end|>\n<|start|>assistant\n"
+    assert parts(corpus, 0, tokenizer) == [(False, first), (True, "<think></think>b<|end|>\n<|endoftext|>")]
+    second = first + "b<|end|>\n<|start|>user\nc<|end|>\n<|start|>assistant\n"
+    assert parts(corpus, 1, tokenizer) == [(False, second), (True, "<think></think>d<|end|>\n<|endoftext|>")]
+
+
+def test_a_template_with_a_date_gives_the_same_every_day(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    source = write_lines(tmp_path / "s.jsonl", [{"messages": good}])
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    tokenize_corpus([source], with_template(tokenizer, dated + TEMPLATE), tmp_path / "out", instructions=CHAT)
+    (_, prompt), _ = parts(Corpus.open(tmp_path / "out", tokenizer), 0, tokenizer)
+    assert prompt.startswith("26 Jul 2024<|start|>user")
+    today = with_template(tokenizer, "{{ strftime_now('%d') }}" + TEMPLATE)
+    with pytest.raises(UserError, match="writes today's date"):
+        tokenize_corpus([source], today, tmp_path / "out", instructions=CHAT)
 
 
 def test_what_cannot_be_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -227,6 +272,20 @@ def test_the_command_and_what_shows_it(
     assert main(["data", "show", str(tmp_path / "out"), "--tokenizer", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "[prompt] question 0 : \n" in printed and "[response] answer 0 " in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-tokens", "20"], "--max-tokens is of instructions: give --prompt-field or --messages-field, too"),
+        (["--response-field", "targets"], "--response-field is of instructions"),
+        (["--prompt-field", "inputs", "--min-chars", "3"], "are not of instructions"),
+    ],
+)
+def test_options_that_do_not_belong_together(tmp_path: Path, options: list[str], said: str) -> None:
+    command = [sys.executable, "data_prep/tokenize_text.py", "--input", "a", "--tokenizer", "b", "--output", "c"]
+    done = subprocess.run([*command, *options], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stderr
 
 
 def test_other_corpora_have_the_fingerprints_that_they_had(tokenizer: Tokenizer, tmp_path: Path) -> None:

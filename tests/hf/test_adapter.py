@@ -93,7 +93,8 @@ def test_a_trained_adapter_is_what_peft_trains_on(trained: Path, tmp_path: Path)
         ("a base of another size", "is not the base of these adapters"),
         ("a plain base of a dual model", "of a model with Krause branches write one with"),
         ("no adapters", "has no adapters; its config has no [model.lora]"),
-        ("code that is not ours", "modeling_megakrause.py is not this version's and is not run"),
+        ("code that is not ours", "has code that is not this version's and is not run"),
+        ("other positions", "is not the base of these adapters"),
         ("a truncated shard", "is no readable safetensors file"),
         ("a folder in its place", "exists and is no earlier export"),
     ],
@@ -121,6 +122,10 @@ def test_what_cannot_be_written(
             run = trained / "dual"
             code = base / "modeling_megakrause.py"
             code.write_text(code.read_text() + f"\nopen({str(tmp_path / 'canary')!r}, 'w')\n")
+        case "other positions":
+            config = json.loads((base / "config.json").read_text())
+            config["rope_parameters"]["rope_theta"] = 5e5
+            (base / "config.json").write_text(json.dumps(config))
         case "a truncated shard":
             weights.write_bytes(weights.read_bytes()[:-10])
         case "a folder in its place":

@@ -26,7 +26,8 @@ from megakrause.models.init import whole_names, whole_shape
 from megakrause.models.layout import Layout
 from megakrause.models.lm import LanguageModel
 from megakrause.parallel.linear import TensorParallel
-from megakrause.parallel.mesh import Axis
+from megakrause.parallel.mesh import Axis, Mesh
+from tests.pool import Pool
 from tests.training.conftest import CONFIG
 from tests.training.runs import losses, start_script, train
 
@@ -129,6 +130,44 @@ def test_each_rank_reads_its_own_part(family: str, tp: int, tmp_path: Path) -> N
             assert torch.equal(found.view(param.shape), expected), name
 
 
+def sharded_logits(mesh: Mesh, folder: Path, x: torch.Tensor) -> torch.Tensor:
+    """This rank's share of the logits of a model that reads its own parts."""
+    model, _ = read_config(folder)
+    part = build_model(model, None, Layout(TensorParallel(mesh.tp)))
+    fill(part, HuggingFaceWeights(folder, model.tie_embeddings))
+    with torch.no_grad():
+        return part(x)
+
+
+@torch.no_grad()
+def fill(part: LanguageModel, weights: HuggingFaceWeights) -> None:
+    for name, param in whole_names(part).items():
+        shard, start = getattr(param, "shard", None), [0] * param.dim()
+        if shard is not None:
+            start[shard.dim] = shard.start
+        box = Box(whole_shape(param), tuple(start), tuple(param.shape))
+        param.copy_(weights.read(name, "master", 0, param.numel(), box).view(param.shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_ranks_are_those_of_transformers(family: str, pool: Pool, tmp_path: Path) -> None:
+    """On 2 and 4 tensor-parallel ranks, and on two pipeline stages, one after the other."""
+    theirs = make(family, tmp_path, max_shard_size="20KB")
+    x = tokens(theirs)
+    expected = theirs(x).logits
+    for tp in (2, 4):
+        parts = pool.run_mesh((1, 1, 1, tp), sharded_logits, tmp_path, x)
+        assert relative(torch.cat(parts, dim=-1), expected) < 1e-5, tp
+    model, _ = read_config(tmp_path)
+    y, stages = x, (range(2), range(2, 3))
+    for i in range(2):
+        part = build_model(model, None, Layout(pp=Axis(i, 2, None), stages=stages))
+        fill(part, HuggingFaceWeights(tmp_path, model.tie_embeddings))
+        y = part(y, length=x.shape[1])
+    assert relative(y, expected) < 1e-5
+
+
 def test_a_run_starts_from_a_folder_in_any_layout(corpus: Path, tmp_path: Path) -> None:
     """As from the checkpoint that it is imported to; on two pipeline stages of two tensor-parallel ranks."""
     path = tmp_path / "config.toml"
@@ -158,7 +197,31 @@ def test_a_run_starts_from_a_folder_in_any_layout(corpus: Path, tmp_path: Path) 
 QWEN = ["model.mlp_width=56", "model.kv_heads=none", "model.qkv_bias=true", "model.norm_eps=1e-6"]
 
 
-def test_a_krause_branch_starts_as_the_softmax_branch_in_any_layout(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.rope_theta=5e5", "has rope_theta = 10000.0, model.rope_theta is 500000.0; they must agree"),
+        ("model.norm_eps=1e-5", "has norm_eps = 1e-06, model.norm_eps is 1e-05; they must agree"),
+        ("model.heads=2", "has heads = 4, model.heads is 2; they must agree"),
+    ],
+)
+def test_a_run_that_would_compute_something_else_does_not_start(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG.format(data=corpus, folder=tmp_path))
+    FAMILIES["here"] = (Qwen2Config, {"vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 4})
+    make("here", tmp_path / "hf")
+    assert main(["train", str(path), *QWEN, "model.attention=dual", f"train.init_from={tmp_path}/hf", override]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "layout", [["parallel.tp=2", "parallel.pp=2"], pytest.param(["parallel.zero=3"], marks=pytest.mark.slow)], ids=str
+)
+def test_a_krause_branch_starts_as_the_softmax_branch_in_any_layout(
+    corpus: Path, tmp_path: Path, layout: list[str]
+) -> None:
     path = tmp_path / "config.toml"
     path.write_text(CONFIG.format(data=corpus, folder=tmp_path))
     FAMILIES["here"] = (Qwen2Config, {"vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 4})
@@ -181,13 +244,10 @@ def test_a_krause_branch_starts_as_the_softmax_branch_in_any_layout(corpus: Path
             assert name.endswith("gate.weight") and 0.005 < weight.std() < 0.02
 
     train(path, *common, "train.steps=3", f"output={tmp_path}/one")
-    layouts = {"tp2 pp2": ["parallel.tp=2", "parallel.pp=2"], "zero 3": ["parallel.zero=3"]}
-    for name, layout in layouts.items():
-        ranks = 2 * len(layout)
-        launcher = start_script(path, *common, "train.steps=3", *layout, f"output={tmp_path}/{name}", ranks=ranks)
-        printed, _ = launcher.communicate(timeout=240)
-        assert launcher.returncode == 0, printed
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    launcher = start_script(path, *common, "train.steps=3", *layout, f"output={tmp_path}/other", ranks=2 * len(layout))
+    printed, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, printed
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert losses(tmp_path / "one")[-1] < losses(tmp_path / "one")[0]
 
 

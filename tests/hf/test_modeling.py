@@ -203,7 +203,7 @@ def test_generation_with_and_without_cache_is_recomputation(case: str) -> None:
         tokens = token.view(1, 1)
 
 
-@pytest.mark.parametrize("case", ["krause", "mixed", "all kinds"])
+@pytest.mark.parametrize("case", ["krause", "mixed", "all kinds", "dual", "dual between others"])
 @torch.no_grad()
 def test_beams_are_reordered_in_the_cache(case: str) -> None:
     _, theirs = models(case)
@@ -216,9 +216,13 @@ def test_beams_are_reordered_in_the_cache(case: str) -> None:
     assert torch.equal(found, theirs.generate(prompt, use_cache=False, **options))
 
 
+@pytest.mark.parametrize(
+    ("case", "held"),  # the next token completes a window of 8; branches stand behind all layers
+    [("mixed", [7, 60, 7]), ("dual", [60, 60, 60, 7, 7, 7]), ("dual between others", [7, 60, 60, 7])],
+)
 @torch.no_grad()
-def test_cache_rolls() -> None:
-    _, theirs = models("mixed")
+def test_cache_rolls(case: str, held: list[int]) -> None:
+    _, theirs = models(case)
     tokens = random_tokens(1, 60)
     expected = theirs(tokens).logits
     given: list[DynamicCache | None] = [None, DynamicCache(), DynamicCache(config=theirs.config)]
@@ -230,7 +234,7 @@ def test_cache_rolls() -> None:
             pieces.append(output.logits)
         close(torch.cat(pieces, dim=1), expected)
     assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 60
-    assert [layer.keys.shape[2] for layer in cache.layers] == [7, 60, 7]  # the next token completes a window of 8
+    assert [layer.keys.shape[2] for layer in cache.layers] == held
 
 
 @torch.no_grad()

@@ -89,6 +89,21 @@ def test_golden_model_goes_out_to_transformers(tmp_path: Path) -> None:
     assert (logits - expected["output"]).norm() <= TOLERANCE * expected["output"].norm()
 
 
+@torch.no_grad()
+def test_a_tied_head_that_is_stored_too(tmp_path: Path) -> None:
+    arguments, expected = write("llama_dual_tiny", tmp_path, "pt")
+    source, config = Path(arguments[0]), tmp_path / "config.json"
+    state = torch.load(source, weights_only=True)["model"]
+    state["module.lm_head.weight"] = state["module.model.embed_tokens.weight"]
+    torch.save(state, source)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    assert main(["convert", "from-paper", *arguments]) == 0
+    model = load_model(find_checkpoint(tmp_path / "ours"))
+    assert model.head is not None and model.embedding is not None
+    assert model.head.output.weight is model.embedding.tokens.weight
+    assert model(expected["tokens"]).shape == expected["output"].shape
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -97,6 +112,9 @@ def test_golden_model_goes_out_to_transformers(tmp_path: Path) -> None:
         ("another model", "has no counterpart"),
         ("a layer more in the config", "blocks.2.attention_norm.weight is not there in it"),
         ("no config", "config.json: "),
+        ("half a config", "config.json lacks 'num_hidden_layers'"),
+        ("a config that is a list", "cannot read"),
+        ("a mask in the state", "names with tensors of floating-point numbers"),
     ],
 )
 def test_what_cannot_be_read(how: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +131,12 @@ def test_what_cannot_be_read(how: str, said: str, tmp_path: Path, capsys: pytest
             config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
         case "no config":
             config.unlink()
+        case "half a config":
+            config.write_text('{"hidden_size": 32}')
+        case "a config that is a list":
+            config.write_text("[]")
+        case "a mask in the state":
+            torch.save({"mask": torch.ones(3, dtype=torch.bool)}, source)
     assert main(["convert", "from-paper", *arguments]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert said in line

@@ -83,13 +83,16 @@ def test_scores_are_those_of_the_harness(folder: Path, tmp_path: Path, capsys: p
         ("no such task", "lm-evaluation-harness has no task no_such_task; `lm_eval ls tasks` lists"),
         ("data that cannot be reached", "boolq cannot be run on"),
         ("code that is not ours", "has code of its own, which is not run unless asked for: --trust-remote-code"),
+        ("code that config.json names elsewhere", "has code of its own, which is not run unless asked for"),
+        ("code that its tokenizer brings", "has code of its own, which is not run unless asked for"),
+        ("a file where there is no folder", "there is no folder"),
         ("no checkpoint", "is neither a checkpoint nor the folder of a run with one"),
     ],
 )
 def test_what_cannot_be_run(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, said: str
 ) -> None:
-    path, task = folder / "exported", "which_word"
+    path, task, options = folder / "exported", "which_word", list[str]()
     match how:
         case "no such task":
             task = "no_such_task"
@@ -100,9 +103,24 @@ def test_what_cannot_be_run(
             shutil.copytree(folder / "exported", path)
             code = path / "modeling_megakrause.py"
             code.write_text(code.read_text() + f"\nopen({str(tmp_path / 'canary')!r}, 'w')\n")
+        case "code that config.json names elsewhere":
+            path = tmp_path / "changed"
+            shutil.copytree(folder / "exported", path)
+            (path / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
+            config = json.loads((path / "config.json").read_text())
+            config["auto_map"]["AutoConfig"] = "evil.MegakrauseConfig"
+            (path / "config.json").write_text(json.dumps(config))
+        case "code that its tokenizer brings":
+            path = tmp_path / "changed"
+            shutil.copytree(folder / "exported", path)
+            config = json.loads((path / "tokenizer_config.json").read_text())
+            config["auto_map"] = {"AutoTokenizer": ["someone/else--evil.Tokenizer", None]}
+            (path / "tokenizer_config.json").write_text(json.dumps(config))
+        case "a file where there is no folder":
+            options = ["--json", str(tmp_path / "missing" / "scores.json")]
         case "no checkpoint":
             path = tmp_path
-    assert main(["evaluate", str(path), "--tasks", task, "--task-folder", str(folder / "tasks")]) == 1
+    assert main(["evaluate", str(path), "--tasks", task, "--task-folder", str(folder / "tasks"), *options]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert said in line
     assert not (tmp_path / "canary").exists()

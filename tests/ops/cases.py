@@ -20,6 +20,7 @@ from megakrause import krause_attention
 
 NAMES = ("q", "k", "v", "log_sigma")
 DEVICE = "cuda" if os.environ.get("MEGAKRAUSE_TEST_GPU") else "cpu"  # where the Triton kernels run
+HALF = [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # Triton's interpreter multiplies bfloat16 wrong
 
 
 def on_grid(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float64, spread: int = 12) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megakrause.ops.feature_dropout import Noise, by_kernel, by_torch, kept
-from tests.ops.cases import DEVICE
+from tests.ops.cases import DEVICE, HALF
 
 SEEDS = torch.tensor([0, 1, 2**40 + 7, 2**62])
 
@@ -15,13 +15,16 @@ def keys_of(b: int, s: int) -> torch.Tensor:
     return torch.randint(2**32, (b, s), generator=torch.Generator().manual_seed(b * s))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout", [0.3, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 63), (3, 5, 1024), (1, 3, 2500)], ids=str)
 @pytest.mark.parametrize("first", [0, 4096])
-def test_the_kernel_gives_the_same_bits(shape: tuple[int, int, int], first: int, dtype: torch.dtype) -> None:
+def test_the_kernel_gives_the_same_bits(
+    shape: tuple[int, int, int], first: int, dtype: torch.dtype, dropout: float
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     keys = keys_of(*shape[:2]).to(DEVICE)
-    assert torch.equal(by_kernel(x, keys, first, 0.3), by_torch(x, keys, first, 0.3))
+    assert torch.equal(by_kernel(x, keys, first, dropout), by_torch(x, keys, first, dropout))
 
 
 def test_what_stays_is_scaled_and_its_gradient_too() -> None:

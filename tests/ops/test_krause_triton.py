@@ -21,12 +21,11 @@ from megakrause.ops import krause_backward, krause_forward
 from megakrause.ops.krause_launch import Launch
 from megakrause.ops.krause_reference import visible
 from megakrause.ops.softmax import _by_kernel, causal_mask
-from tests.ops.cases import DEVICE, Case, error, inputs, on_grid, pairwise, run
+from tests.ops.cases import DEVICE, HALF, Case, error, inputs, on_grid, pairwise, run
 
 # The interpreter's numpy warns of inf - inf and the like on rows that see nothing; their results are not used.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-HALF = [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 SETTINGS: dict[str, list[Any]] = {
     "s": [1, 2, 63, 64, 65, 111, 200],
     "window": [1, 2, 16, 17, 33, 64, 100, 128, 160, 300],

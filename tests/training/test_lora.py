@@ -75,7 +75,7 @@ LAYOUTS = {
     "pp2-tp2-sp": (4, ["parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true"]),
     "dp2": (2, []),
 }
-NORMAL = ["tp2-dp2-zero2", "tp2-dp2-zero3", "pp2-tp2-sp"]
+NORMAL = ["tp2-dp2-zero2"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NORMAL else pytest.mark.slow) for n in LAYOUTS])
@@ -118,6 +118,18 @@ def test_in_bf16_frozen_weights_are_kept_as_they_are(base: Path, zero: int) -> N
     assert all(map(math.isfinite, losses(out)))
 
 
+def test_another_precision_would_round_what_is_frozen_and_is_refused(
+    base: Path, one: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state(one)
+    arguments = ["train", str(base / "config.toml"), *DUAL, f"output={one}", "train.steps=9", "train.precision=bf16"]
+    assert main(arguments) == 1
+    assert "was trained with train.precision = fp32, now it is bf16" in capsys.readouterr().err
+    after = state(one)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_reads_the_checkpoint_sees_the_merged_model(base: Path, one: Path) -> None:
     model = load_model(find_checkpoint(one))

@@ -79,8 +79,6 @@ NORMAL: list[Pair] = [  # without what takes 8 ranks
     ("dp2-zero3", "dp2-zero1", "untied"),
     ("dp2-zero3", "dp2-zero2", "tied"),
     ("dp2-zero1", "dp2-zero3", "untied"),
-    ("dp2-zero3", "dp4-zero1", "tied"),
-    ("one", "dp4-zero3", "untied"),
     ("pp4", "tp2-pp2", "tied"),
     ("pp4", "tp2-pp2", "untied"),
     ("tp2-pp2", "pp4", "tied"),
