@@ -31,6 +31,7 @@ def test_targets_stand_beside_what_was_measured() -> None:
     assert measured["speed-up over published", "forward", 1024] == (None, "-")
 
 
+@pytest.mark.slow
 def test_tiles_are_timed_beside_the_ones_in_use() -> None:
     for kernel in ("select", "attend", "grad_queries", "grad_keys"):
         good = gpu_check.Tiles(16, 16, tiles=1 if kernel == "select" else None)

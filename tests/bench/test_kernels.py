@@ -39,6 +39,7 @@ def assert_no_spills(rows: list[dict[str, Any]]) -> None:
             assert (row["stack"], row["spills"]) == (0, 0), row
 
 
+@pytest.mark.slow
 def test_one_configuration_of_each_kernel(tmp_path: Path) -> None:
     rows = compile_kernels(tmp_path)
     kernels = {"attend", "decode", "grad_keys", "grad_queries", "half_squares", "select_and_attend"}

@@ -61,7 +61,10 @@ def config(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factor
     return path
 
 
-@pytest.fixture(scope="module", params=[".jsonl", ".jsonl.gz", "dataset"])
+@pytest.fixture(
+    scope="module",
+    params=[".jsonl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (".jsonl.gz", "dataset"))],
+)
 def streamed(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text that is tokenized while it is read, mixed with a corpus; it is used up and begins again."""
     folder, rng = tmp_path_factory.mktemp("stream"), random.Random(2)

@@ -168,6 +168,7 @@ def test_logits_of_ranks_are_those_of_transformers(family: str, pool: Pool, tmp_
     assert relative(y, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_folder_in_any_layout(corpus: Path, tmp_path: Path) -> None:
     """As from the checkpoint that it is imported to; on two pipeline stages of two tensor-parallel ranks."""
     path = tmp_path / "config.toml"

@@ -66,14 +66,13 @@ def test_scores_are_those_of_the_harness(folder: Path, tmp_path: Path, capsys: p
     assert main(["evaluate", str(folder / "run"), *common, "--json", str(tmp_path / "run.json")]) == 0
     printed = capsys.readouterr().out
     assert "which_word" in printed and "acc_norm" in printed and "40" in printed
-    assert main(["evaluate", str(folder / "exported"), *common, "--json", str(tmp_path / "exported.json")]) == 0
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
     command += ["--model_args", f"pretrained={folder}/exported,trust_remote_code=True,dtype=float32"]
     command += ["--tasks", "which_word", "--include_path", str(folder / "tasks"), "--output_path", str(tmp_path / "o")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (theirs,) = (tmp_path / "o").rglob("results*.json")
-    assert scores(tmp_path / "run.json") == scores(tmp_path / "exported.json") == scores(theirs)
+    assert scores(tmp_path / "run.json") == scores(theirs)
     assert 0 < scores(theirs)["acc,none"] < 1
 
 

@@ -224,7 +224,8 @@ def test_torchrun_gives_the_losses_of_one_process(one: Path, two: Path) -> None:
     assert losses(two) != losses(one)  # there were two
 
 
-@pytest.mark.parametrize("script", ["deepspeed.sh", pytest.param("slurm.sbatch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["deepspeed.sh", "slurm.sbatch"])
 def test_other_launchers_give_the_losses_of_one_process(
     launch: Launcher, script: str, config: Path, tmp_path: Path, one: Path
 ) -> None:
@@ -240,6 +241,7 @@ def test_bad_config_is_refused_before_anything_starts(launch: Launcher, script: 
     assert re.fullmatch(r"error: .*train\.stepz.*\n", job.printed), job.printed
 
 
+@pytest.mark.slow
 def test_what_only_people_can_mend_is_tried_twice(launch: Launcher, config: Path, tmp_path: Path) -> None:
     job = launch("torchrun.sh", config, f"data.train={tmp_path / 'nowhere'}", NPROC_PER_NODE=1, RETRIES=1000)
     assert job.status() == 1

@@ -51,7 +51,7 @@ def operator_arguments(case: str, backend: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize(
     "case, backend",
-    [pytest.param(*x, marks=[pytest.mark.slow] if x[1] == "triton" and x[0] != "selection" else []) for x in BOTH],
+    [pytest.param(*x, marks=[pytest.mark.slow] if x[1] == "triton" else []) for x in BOTH],
 )
 def test_the_operators_keep_torch_librarys_rules(case: str, backend: str) -> None:
     arguments = operator_arguments(case, backend)

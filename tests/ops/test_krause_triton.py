@@ -211,6 +211,7 @@ def selected(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     return by_backward
 
 
+@pytest.mark.slow
 def test_the_saved_separator_keeps_what_the_forward_pass_kept() -> None:
     """Generic floats, where another order of summation gives another z. Rows whose selection rounding decides (scores
     closer than that) may differ; fewer than one in a thousand do, and all others are right in output and gradient."""
@@ -229,6 +230,7 @@ def test_the_saved_separator_keeps_what_the_forward_pass_kept() -> None:
 # ---- what must hold of any result
 
 
+@pytest.mark.slow
 def test_every_number_of_every_result_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs are allocated without being set; NaN in them would show."""
     empty, empty_like = torch.empty, torch.empty_like
@@ -252,7 +254,11 @@ def test_every_number_of_every_result_is_written(monkeypatch: pytest.MonkeyPatch
         assert all(value.isfinite().all() for value in result.values())
 
 
-@pytest.mark.parametrize("options", [dict(window=40, top_k=9), dict(grid=Grid(9, 11, 2), top_k=6)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(window=40, top_k=9), pytest.param(dict(grid=Grid(9, 11, 2), top_k=6), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_two_runs_are_equal_bit_for_bit(options: dict[str, Any]) -> None:
     tensors = inputs(s=100, heads=4, kv_heads=2, d=32)
     first, second = (run(tensors, torch.float32, backend="triton", **options) for _ in range(2))

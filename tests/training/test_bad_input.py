@@ -86,7 +86,14 @@ def test_checkpoint_of_another_model_or_order_is_not_resumed(
         ("data.mask_documents=false", "data.mask_documents = True, now it is False"),
     ]:
         assert said in refuse(capsys, config, "train.steps=8", override)
-    line = refuse(capsys, config, "model.width=64", f"train.init_from={tmp_path}/run", f"output={tmp_path}/other")
+    line = refuse(
+        capsys,
+        config,
+        "model.width=64",
+        "model.head_dim=8",
+        f"train.init_from={tmp_path}/run",
+        f"output={tmp_path}/other",
+    )
     assert "another model" in line and "(320, 32)" in line and "(320, 64)" in line
     assert "needs an empty output" in refuse(capsys, config, "checkpoint.resume=false")
     after = state(tmp_path / "run")
@@ -208,6 +215,7 @@ def test_two_runs_cannot_share_an_output(config: Path, tmp_path: Path, capsys: p
     assert main(["train", str(config)]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_began_while_another_ended_does_not_go_on_from_an_older_checkpoint(
     config: Path, tmp_path: Path
 ) -> None:

@@ -178,7 +178,7 @@ def runs(config_here: Path) -> Runs:
 
 
 def parameters(cases: list[dict[str, Any]]) -> list[Any]:
-    slow = [[pytest.mark.slow] if ranks(case) > 4 else [] for case in cases]
+    slow = [[pytest.mark.slow] if ranks(case) > (2 if case["zero"] == 3 else 4) else [] for case in cases]
     return [pytest.param(case, id=name_of(case), marks=marks) for case, marks in zip(cases, slow, strict=True)]
 
 
@@ -214,7 +214,11 @@ def test_bfloat16_in_a_layout_equals_one_process_by_its_own_last_place(half_runs
 
 
 @pytest.mark.parametrize(
-    "layout", [{"dp": 2, "zero": 3}, {"tp": 2, "pp": 2, "tied": True, "attention": "mixed", "micro_batch": 2}]
+    "layout",
+    [
+        pytest.param({"dp": 2, "zero": 3}, marks=pytest.mark.slow),
+        {"tp": 2, "pp": 2, "tied": True, "attention": "mixed", "micro_batch": 2},
+    ],
 )
 def test_what_one_layout_begins_another_goes_on_with(runs: Runs, tmp_path: Path, layout: dict[str, Any]) -> None:
     case = PLAIN | layout

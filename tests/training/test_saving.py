@@ -89,7 +89,8 @@ def test_all_ranks_end_together(
 
 
 @needs_root
-@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_if_told_so_training_goes_on_and_saves_when_there_is_room(
     config: Path, tmp_path: Path, small_disk: Path, asynchronous: str
 ) -> None:
@@ -145,6 +146,7 @@ def test_an_output_that_is_removed_ends_the_run(config: Path, tmp_path: Path) ->
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_elsewhere_are_found_again(config: Path, tmp_path: Path) -> None:
     """By a URL that fsspec writes: killed and resumed, it is bitwise the undisturbed run."""
     output, elsewhere = tmp_path / "run", f"file://{tmp_path}/elsewhere"

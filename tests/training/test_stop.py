@@ -72,7 +72,7 @@ def assert_goes_on_as_if_never_stopped(config: Path, output: Path, *overrides: s
     ("number", "override"),
     [
         (signal.SIGTERM, "checkpoint.asynchronous=false"),
-        (signal.SIGINT, "checkpoint.asynchronous=true"),
+        pytest.param(signal.SIGINT, "checkpoint.asynchronous=true", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, "checkpoint.every=7", marks=pytest.mark.slow),
     ],
 )
@@ -133,6 +133,7 @@ def test_a_signal_during_a_save_waits_for_it(config: Path, tmp_path: Path, async
     assert f"step-{len(rows(output))}" in folders
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_loses_nothing_saved(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     train(config, "train.steps=4", "optim.schedule=constant")
@@ -150,7 +151,8 @@ def test_a_second_signal_ends_at_once_and_loses_nothing_saved(config: Path, tmp_
     assert "resuming from" in train(config, "train.steps=6", "optim.schedule=constant")
 
 
-@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_ranks_wait_for_one_that_is_slow_at_saving(config: Path, tmp_path: Path, asynchronous: str) -> None:
     """Asynchronously, they train meanwhile."""
     output = tmp_path / "run"

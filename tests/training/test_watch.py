@@ -52,7 +52,7 @@ def wait_for_steps(launcher: subprocess.Popen[str], output: Path, count: int) ->
 @pytest.mark.parametrize(
     ("what", "layout", "within"),
     [
-        (signal.SIGKILL, "parallel.zero=1", 30),
+        pytest.param(signal.SIGKILL, "parallel.zero=1", 30, marks=pytest.mark.slow),
         (signal.SIGKILL, "parallel.pp=2", 30),
         # Stopped processes cannot end by SIGTERM, and torchrun gives them 30 s.
         pytest.param(signal.SIGSTOP, "parallel.tp=2", TIMEOUT + 30 + 30, marks=pytest.mark.slow),
