@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 
-from megakrause.checkpoint.fragment import Box
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.checkpoint.weights import Piece, Weights
 from megakrause.config import ModelConfig, RunConfig
@@ -18,7 +17,7 @@ from megakrause.errors import UserError
 from megakrause.models.build import build_model, whole_shapes
 from megakrause.models.dual import is_of_branch, starts_as
 from megakrause.models.lm import LanguageModel
-from megakrause.models.lora import adapter_names, is_of_adapter
+from megakrause.models.lora import adapter_names, is_of_adapter, merge
 
 
 def stored_config(checkpoint: Checkpoint) -> RunConfig:
@@ -65,31 +64,15 @@ class MergedWeights(Weights):
         return {name: shape for name, shape in self._checkpoint.shapes.items() if not is_of_adapter(name)}
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
-        """None where an adapter is merged: it is read whole."""
-        return [] if self._adapter(name) else self._checkpoint.pieces(name, kind)
+        return self._checkpoint.pieces(name, kind)
 
-    def _adapter(self, name: str) -> bool:
-        return self._lora is not None and adapter_names(name)[0] in self._checkpoint.shapes
-
-    def read(
-        self,
-        name: str,
-        kind: str,
-        offset: int,
-        numel: int,
-        box: Box | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As the base's; where an adapter is merged, the whole parameter is read for it."""
-        if not self._adapter(name):
-            return super().read(name, kind, offset, numel, box, out)
-        assert self._lora is not None
-        a, b = map(self._checkpoint.weights, adapter_names(name))
-        merged = self._checkpoint.weights(name).addmm(b, a, alpha=self._lora.scale)
-        for dim, (start, size) in enumerate(zip(box.start, box.size, strict=True)) if box is not None else ():
-            merged = merged.narrow(dim, start, size)
-        part = merged.flatten()[offset : offset + numel]
-        return part if out is None else out.copy_(part)
+    def made(self, name: str) -> torch.Tensor | None:
+        """What an adapter is merged into."""
+        a, b = adapter_names(name)
+        if self._lora is None or a not in self._checkpoint.shapes:
+            return None
+        weights = self._checkpoint.weights
+        return merge(weights(name), weights(a), weights(b), self._lora.scale)
 
 
 class StartingWeights(Weights):
@@ -117,16 +100,8 @@ class StartingWeights(Weights):
     def pieces(self, name: str, kind: str) -> list[Piece]:
         return self._weights.pieces(self._sources[name], kind) if name in self._sources else []
 
-    def read(
-        self,
-        name: str,
-        kind: str,
-        offset: int,
-        numel: int,
-        box: Box | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self._weights.read(self._sources[name], kind, offset, numel, box, out)
+    def made(self, name: str) -> torch.Tensor | None:
+        return self._weights.made(self._sources[name])
 
 
 def check_same_model(path: str, theirs: ModelConfig, ours: ModelConfig) -> None:

@@ -90,6 +90,10 @@ class Weights(ABC):
     def pieces(self, name: str, kind: str) -> list[Piece]:
         """What there is of a parameter's weights ("master") or moments; empty: nothing."""
 
+    def made(self, name: str) -> torch.Tensor | None:
+        """A parameter that does not lie in files as it is: the whole of it, fp32. None: `pieces` has it."""
+        return None
+
     def file(self, name: str) -> TensorFile:
         """One of the files that pieces name. Raises UserError."""
         if name not in self._open:
@@ -114,6 +118,10 @@ class Weights(ABC):
         Raises UserError when they are not all there."""
         box = box or Box.whole(self.shapes.get(name, (numel,)))
         result, filled = torch.empty(numel) if out is None else out, 0
+        if kind == "master" and (whole := self.made(name)) is not None:
+            for axis, (start, size) in enumerate(zip(box.start, box.size, strict=True)):
+                whole = whole.narrow(axis, start, size)
+            return result.copy_(whole.flatten()[offset : offset + numel])
         for piece in self.pieces(name, kind):
             dim = box.dim if piece.box.dim is None else piece.box.dim
             if piece.box.shape != box.shape or box.dim not in (None, dim):

@@ -26,7 +26,7 @@ from megakrause.hf.names import to_hf
 from megakrause.hf.weights import HuggingFaceWeights
 from megakrause.models.build import build_model, whole_shapes
 from megakrause.models.lm import LanguageModel
-from megakrause.models.lora import adapter_names
+from megakrause.models.lora import adapter_names, merge
 
 LAYERS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"} | {
     name: f"{name}_proj" for name in ("gate", "up", "down")
@@ -110,7 +110,7 @@ def _compare(source: Checkpoint, lora: LoraConfig, base: Path, folder: Path) -> 
         for name, param in model.named_parameters():
             weight, (a, b) = theirs.weights(name), adapter_names(name)
             if a in source.shapes:
-                weight.addmm_(source.weights(b), source.weights(a), alpha=lora.scale)
+                weight = merge(weight, source.weights(a), source.weights(b), lora.scale)
             param.copy_(weight)
         return model.eval()
 

@@ -76,5 +76,10 @@ def adapter_names(name: str) -> tuple[str, str]:
     return f"{layer}.adapter.a", f"{layer}.adapter.b"
 
 
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The weight of a linear layer that computes what this one does with its adapter."""
+    return weight.addmm(b, a, alpha=scale)
+
+
 def is_of_adapter(name: str) -> bool:
     return ".adapter." in name
