@@ -6,8 +6,11 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PY = $(VENV)/bin/python
-# The folder's own name is part of the stamp: in a copied tree the editable install still points at the old one.
-STAMP := $(VENV)/.ready-$(firstword $(shell pwd | cksum))
+# What is installed: all that running needs, and what testing needs beside it. The folder's own name is part of both
+# stamps: in a copied tree the editable install still points at the old one.
+HERE := $(firstword $(shell pwd | cksum))
+RUNS := $(VENV)/.runs-$(HERE)
+READY := $(VENV)/.ready-$(HERE)
 
 # What `make constraints` holds in place while everything else takes its newest release.
 HELD := torch==2.13.0 triton==3.7.1 deepspeed==0.19.8
@@ -41,13 +44,13 @@ comma := ,
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP)  ## make the environment in .venv (at once when nothing changed)
+setup: $(READY)  ## make the environment in .venv (at once when nothing changed)
 	@echo '$(VENV) is ready'
 
-demo: setup  ## set-up, then the whole main job on this machine: text to trained, exported model
+demo: $(RUNS)  ## set-up, then the whole main job on this machine: text to trained, exported model
 	@$(PY) -m megakrause.demo
 
-demo-lora: setup  ## set-up, then a Llama of transformers goes on with a Krause branch and adapters, and back
+demo-lora: $(RUNS)  ## set-up, then a Llama of transformers goes on with a Krause branch and adapters, and back
 	@$(PY) -m megakrause.demo_lora
 
 # Two at a time, files whole: tests of a file share what is slow to start, and some start eight processes.
@@ -93,11 +96,15 @@ constraints:  ## write constraints.txt anew: the newest releases, torch, triton 
 	} >build/constraints.txt
 	@mv build/constraints.txt constraints.txt && rm -rf $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt
+$(RUNS): pyproject.toml constraints.txt
 	@test -x $(PY) || { $(check-python); }
 	@echo 'Setting up $(VENV)'
 	$(call step,environment,$(PY) -m pip --version || $(PYTHON) -m venv --clear $(VENV))
 	$(call step,torch and triton,$(PY) -m pip install --quiet -c constraints.txt setuptools wheel torch triton)
-	$(call step,everything else and megakrause itself,$(PIP_INSTALL) -c constraints.txt -e '.[dev]')
+	$(call step,everything else and megakrause itself,$(PIP_INSTALL) -c constraints.txt -e .)
 	$(call step,check,$(PY) -m pip check && $(PY) -c 'import torch$(comma) deepspeed$(comma) megakrause')
+	@rm -f $(VENV)/.runs-* && touch $@
+
+$(READY): $(RUNS)
+	$(call step,tools for the tests,$(PIP_INSTALL) -c constraints.txt -e '.[dev]' && $(PY) -m pip check)
 	@rm -f $(VENV)/.ready-* && touch $@
