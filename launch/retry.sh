@@ -61,7 +61,7 @@ END
 newest_step() {
     local step newest=0
     if [[ $checkpoints == *://* ]]; then
-        step=$(megakrause checkpoint list "$checkpoints" 2>/dev/null | awk 'NR == 2 { print $1 }')
+        step=$(megakrause checkpoint list "$checkpoints" 2>/dev/null | awk 'NR == 2 { print $1 }' | tr -d ,)
         echo "${step:-0}"
         return
     fi
@@ -116,7 +116,7 @@ retry() {
 attempt() {
     local status=0 copy tee mark=MEGAKRAUSE_ATTEMPT=$$-$RANDOM-$SECONDS
     # The copy ends when nobody is left to write, and not before.
-    exec {copy}> >(trap '' TERM INT HUP && exec tee "$errors" >&2)
+    exec {copy}> >(trap '' TERM INT HUP USR1 && exec tee "$errors" >&2)
     tee=$!
     # Whatever it starts has the mark in its environment; torchrun's workers are in sessions of their own.
     run env "$mark" "$@" 2>&"$copy" || status=$?

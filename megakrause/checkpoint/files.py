@@ -3,6 +3,7 @@ tensors in them that are read by ranges."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 import xxhash
 
-from megakrause.errors import UserError, explain_os_error
+from megakrause.errors import Unreachable, UserError, explain_os_error
 
 DTYPES = {
     **{torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"},
@@ -129,6 +130,17 @@ def tensor_chunks(
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+# What says that there is no such file, whoever asks and whenever; all else may be otherwise the next time.
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def raise_if_unreachable(path: str, error: OSError) -> None:
+    """Raises Unreachable for an error that does not say that the file is bad: a file server that is gone, rights that
+    are missing, no more open files."""
+    if error.errno not in (None, *ABSENT):
+        raise Unreachable(f"cannot read {path}: {error.strerror}; it may be whole, so nothing older is used") from error
+
+
 def as_size(value: Any) -> int:
     """A whole number of JSON, from 0 to 2^63 - 1. Raises ValueError."""
     if type(value) is not int or not 0 <= value < 2**63:
@@ -218,6 +230,7 @@ def check_file(folder: Folder, record: FileRecord) -> str | None:
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
+        raise_if_unreachable(path, error)
         return f"{path} cannot be read: {error.strerror or explain_os_error(error)}"
     return None if digest.hexdigest() == record.xxh3_128 else f"{path} does not match its checksum"
 
@@ -237,6 +250,14 @@ def _read_ahead(folder: Folder, name: str, size: int) -> Iterator[memoryview]:
             buffers.reverse()
             ahead = reader.submit(read, offset, buffers[0])
             yield part
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those that it lies in, so that they survive a loss of power."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
 
 
 def flush_folder(folder: Path) -> None:

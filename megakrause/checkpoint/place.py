@@ -23,11 +23,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megakrause.checkpoint.files import FileRecord, Folder, flush_folder, write_bytes, write_chunks
+from megakrause.checkpoint.files import (
+    FileRecord,
+    Folder,
+    flush_folder,
+    make_folder,
+    raise_if_unreachable,
+    write_bytes,
+    write_chunks,
+)
 from megakrause.data.remote import Patience, is_missing
 from megakrause.errors import Unreachable, UserError
 
 COMMIT = "COMMIT.json"
+MOST_OPEN = 64  # files of a folder at a time
 PART = 64 << 20  # bytes of an upload at a time
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
@@ -103,6 +112,8 @@ class _LocalFolder(Folder):
             path = os.path.join(self.path, name)
             if not stat.S_ISREG(os.stat(path).st_mode):  # one that waits for a writer, for example
                 raise OSError(errno.EINVAL, "Not a regular file", path)
+            if len(self._open) == MOST_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
             self._open[name] = os.open(path, os.O_RDONLY)
         filled = 0
         while filled < len(buffer) and (n := os.preadv(self._open[name], [buffer[filled:]], offset + filled)):
@@ -123,7 +134,11 @@ class _LocalPlace(Place):
         return self._root / f"step-{step}{suffix}"
 
     def steps(self) -> list[int]:
-        names = (STEP.fullmatch(path.name) for path in self._root.glob("step-*"))
+        try:
+            names = map(STEP.fullmatch, os.listdir(self._root))
+        except OSError as error:
+            raise_if_unreachable(self.path, error)
+            return []
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def folder(self, step: int) -> Folder:
@@ -162,7 +177,7 @@ class _LocalPlace(Place):
         shutil.rmtree(trash)
 
     def clean(self) -> None:
-        self._root.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._root.parent)
         for path in self._root.glob("step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megakrause.checkpoint.files import FileRecord, Folder, as_size, check_file
+from megakrause.checkpoint.files import FileRecord, Folder, as_size, check_file, raise_if_unreachable
 from megakrause.checkpoint.fragment import Box
 from megakrause.checkpoint.place import COMMIT, STEP, Place, open_folder
 from megakrause.checkpoint.weights import Piece, Weights, overlap
@@ -42,6 +42,8 @@ class Checkpoint(Weights):
         except FileNotFoundError as error:
             raise UserError(f"{self.path} is not a checkpoint: {name} is missing") from error
         except (OSError, *NOT_OURS) as error:
+            if isinstance(error, OSError):
+                raise_if_unreachable(f"{self.path}/{name}", error)
             raise UserError(f"{self.path} is not a readable checkpoint: {name}: {error}") from error
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[Piece]] = {}
@@ -126,8 +128,8 @@ def find_checkpoint(path: str | Path, axis: Axis = ALONE) -> Checkpoint:
         return checkpoint
     newest, passed_over = newest_checkpoint(find_place(path), axis)
     if axis.rank == 0:
-        for reason in passed_over:
-            print(f"passed over {reason}", file=sys.stderr)
+        for step, problem in passed_over.items():
+            print(f"passed over step-{step}: {problem}", file=sys.stderr)
     if newest is None:
         raise UserError(f"{path} is neither a checkpoint nor the folder of a run with one; name a step-N folder")
     return newest
@@ -147,10 +149,10 @@ def find_place(path: str | Path) -> Place:
     return place if place.steps() else Place.of(f"{str(path).rstrip('/')}/checkpoints")
 
 
-def newest_checkpoint(place: Place, axis: Axis = ALONE) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over; None when nothing was ever
+def newest_checkpoint(place: Place, axis: Axis = ALONE) -> tuple[Checkpoint | None, dict[int, str]]:
+    """The newest checkpoint that verifies, and what is wrong with newer ones, by step; None when nothing was ever
     committed. Raises UserError when checkpoints exist and none verifies, or they cannot be reached."""
-    passed_over: list[str] = []
+    passed_over: dict[int, str] = {}
     # The main rank's view, so that all decide alike.
     steps = axis.gather_objects(axis.together(place.steps if axis.rank == 0 else list))[0]
     for step in steps:
@@ -160,9 +162,10 @@ def newest_checkpoint(place: Place, axis: Axis = ALONE) -> tuple[Checkpoint | No
             problem = checkpoint.verify(axis)
             if problem is None:
                 return checkpoint, passed_over
-        passed_over.append(f"step-{step}: {problem}")
+        passed_over[step] = str(problem)
     if steps:
-        raise UserError(f"none of the {len(steps)} checkpoints in {place.path} is usable ({'; '.join(passed_over)})")
+        problems = "; ".join(f"step-{step}: {problem}" for step, problem in passed_over.items())
+        raise UserError(f"none of the {len(steps)} checkpoints in {place.path} is usable ({problems})")
     return None, passed_over
 
 

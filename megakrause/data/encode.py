@@ -134,8 +134,9 @@ def _encoder(tokenizer: Tokenizer, options: Instructions) -> InstructionEncoder:
 
 
 def _start_worker() -> None:
-    """Interrupts are the parent's to handle, and a worker does not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Requests to end are the parent's to handle, and a worker does not outlive it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all processes
+        signal.signal(number, signal.SIG_IGN)
 
     def follow_parent() -> None:
         parent = multiprocessing.parent_process()

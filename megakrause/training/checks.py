@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from megakrause.checkpoint.model import stored_config
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.config import RunConfig
+from megakrause.config_file import load_config
 from megakrause.data.mixed import MixedWindows, describe_past
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
@@ -61,6 +65,30 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, samples: MixedWind
         raise UserError(
             f"{path} was trained on {before}, now data.train says {after} for that; what comes may change, what "
             "was must not: restore it, or choose another output"
+        )
+
+
+def check_nothing_saved(output: Path, folder: str | None) -> None:
+    """Raises UserError when a run of this output has saved, or ought to have, though no checkpoint was found.
+
+    folder: the config's checkpoint.folder."""
+    try:
+        before = load_config(output / "config.toml")
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        step = max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    except (UserError, OSError, ValueError, KeyError):
+        return  # of a run that died while it began
+    if before.checkpoint.folder != folder:
+        was = before.checkpoint.folder or output / "checkpoints"
+        raise UserError(
+            f"no checkpoint was found, and {output} is of a run with checkpoints in {was}: give it the same "
+            "checkpoint.folder, or choose another output"
+        )
+    every = before.checkpoint.every * (2 if before.checkpoint.asynchronous else 1)
+    if every and step > every and before.checkpoint.on_failure == "stop":
+        raise UserError(
+            f"{output} is of a run that came to step {step} and saved every {before.checkpoint.every}, and no "
+            f"checkpoint is in {folder or output / 'checkpoints'}: is it there? Bring it back, or choose another output"
         )
 
 

@@ -31,7 +31,8 @@ class Guard:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to keep, as plain values."""
-        return {"losses": list(self._losses)} if self._config.spike else {}
+        losses = {"losses": list(self._losses)} if self._config.spike else {}
+        return losses | ({"skipped": self.skipped} if self.skipped else {})
 
     def judge(self, loss: float, applied: bool) -> Verdict:
         """What follows a step. loss: nats per token. applied: whether it has changed the weights."""
@@ -61,4 +62,4 @@ class Guard:
     def go_back(self, state: dict[str, Any]) -> None:
         """The run is where a checkpoint kept this state."""
         self._losses = deque(state.get("losses", []), maxlen=self._config.window)
-        self.skipped = 0
+        self.skipped = state.get("skipped", 0)

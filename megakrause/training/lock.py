@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from megakrause.errors import UserError
@@ -35,7 +36,8 @@ class OutputLock:
         if self._holder().get("host", me()) != me() and self._is_alive():
             raise self._taken(folder)
         self._file.truncate(0)
-        self._file.write(json.dumps({"host": me(), "pid": os.getpid()}) + "\n")
+        self._claim = {"host": me(), "pid": os.getpid(), "claim": uuid.uuid4().hex}
+        self._file.write(json.dumps(self._claim) + "\n")
         self._file.flush()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -45,7 +47,8 @@ class OutputLock:
         self._closed.set()
         self._thread.join()
         if not self._file.closed:
-            self._file.truncate(0)  # nobody has to wait for signs of life
+            if self._holder() == self._claim:
+                self._file.truncate(0)  # nobody has to wait for signs of life
             self._file.close()
 
     def _holder(self) -> dict[str, str | int]:
@@ -84,7 +87,15 @@ class OutputLock:
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
             try:
+                holder = json.loads(self._path.read_text() or "{}")
+                if holder.get("claim", self._claim["claim"]) != self._claim["claim"]:
+                    # Without a sign of life for so long, this run was taken for dead.
+                    where = f"{self._path.parent}: process {holder.get('pid')} on {holder.get('host')} has it now"
+                    print(f"\nerror: this run has lost {where}; it ends", file=sys.stderr, flush=True)
+                    os._exit(1)
                 os.utime(self._path)
+            except ValueError:
+                continue  # being written
             except OSError as error:  # the run itself finds out whether it can still write
                 print(f"cannot touch {self._path}: {error.strerror}", file=sys.stderr)
 

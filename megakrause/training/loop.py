@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megakrause.batch import TokenBatch
-from megakrause.checkpoint.files import write_bytes
+from megakrause.checkpoint.files import make_folder, write_bytes
 from megakrause.checkpoint.model import StartingWeights, check_same_model
 from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import Checkpoint, newest_checkpoint
@@ -32,7 +33,7 @@ from megakrause.hf.weights import find_model, find_weights
 from megakrause.models.build import build_model, flops_per_token, trained_shapes, whole_shapes
 from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh
-from megakrause.training.checks import check_alike, check_same_data, check_same_run, resolve
+from megakrause.training.checks import check_alike, check_nothing_saved, check_same_data, check_same_run, resolve
 from megakrause.training.engine import Engine
 from megakrause.training.evaluate import Evaluation, evaluate
 from megakrause.training.guard import Guard, Verdict
@@ -41,9 +42,7 @@ from megakrause.training.lock import OutputLock
 from megakrause.training.metrics import MetricsLog, memory_gib, peak_flops
 from megakrause.training.schedule import learning_rate
 from megakrause.training.stop import StopRequest
-from megakrause.training.watch import Watch
-
-SLOWEST_SAVE = timedelta(hours=2)  # that ranks may be apart in writing a checkpoint beside training
+from megakrause.training.watch import SLOWEST, Watch
 
 
 def train(config: RunConfig, mesh: Mesh) -> None:
@@ -87,7 +86,7 @@ class Trainer:
         model = build_model(config.model, config.train.seed, Layout.of(config, mesh))
         self.engine = Engine(model, config, mesh)
         keep = Retention(config.checkpoint.keep, config.checkpoint.keep_every, self.damaged)
-        beside = mesh.beside(SLOWEST_SAVE)
+        beside = mesh.beside(timedelta(seconds=SLOWEST))
         self.saver = Saver(self.place, beside, keep, asynchronous=config.checkpoint.asynchronous)
         self.guard = Guard(config.guard)
         self.log: MetricsLog | None = None
@@ -133,17 +132,20 @@ class Trainer:
                 watch.progress(self.step + 1)
                 verdict = self._train_step(bar)
                 verdict, stopping = self._agree(verdict, stop)
-                if stopping:
+                if stopping and self.step < steps:
                     bar.close()  # what is said last stands on lines of its own
-                    self._stop(stop, watch)
+                    self._stop(stop, verdict, watch)
                 elif verdict is Verdict.GO_ON:
                     self._evaluate_and_save(watch)
                 else:
                     self._roll_back(verdict, watch)
                     bar.n = self.step
-            watch.progress(self.step)
-            self._check_saved(final=True)
+            with watch.patient():
+                self._check_saved(final=True)
             watch.finish()
+        except UserError:
+            watch.told()  # this process says why; the others need not say that it is gone
+            raise
         except RuntimeError as error:
             if mesh.world.size == 1 or not lost_connection(error):
                 raise
@@ -210,31 +212,33 @@ class Trainer:
             self._check_saved()
         return Verdict(worst), bool(stopping)
 
-    def _stop(self, stop: StopRequest, watch: Watch) -> None:
-        """Saves and raises Stopped."""
+    def _stop(self, stop: StopRequest, verdict: Verdict, watch: Watch) -> None:
+        """Saves, unless this step is one to go back from, and raises Stopped."""
         reasons = self.mesh.world.gather_objects(stop.reason)
-        reason = next(reason for reason in reasons if reason)
-        if self.step == self.config.train.steps:
-            return  # there is nothing left to do but what follows anyway
-        self._say(f"{reason}: saving at step {self.step}, then this run ends")
-        watch.progress(self.step)
-        self.save()
-        self._check_saved(final=True)
+        reason, steps = next(reason for reason in reasons if reason), self.config.train.steps
+        with watch.patient():
+            if verdict is Verdict.GO_ON:
+                self._say(f"{reason}: saving at step {self.step}, then this run ends")
+                self.save()
+                done = f"saved at step {self.step} of {steps}; the same command goes on from there"
+            else:
+                done = f"step {self.step} is not saved, for {self.guard.reason}; the same command goes on before that"
+            self._check_saved(final=True)
         watch.finish()
-        steps = self.config.train.steps
-        stopped = Stopped(f"{reason}; saved at step {self.step} of {steps}; the same command goes on from there")
+        stopped = Stopped(f"{reason}; {done}")
         stopped.say()
         self.mesh.world.gather_objects(None)  # the first rank that ends has its launcher end the others
         raise stopped
 
     def _roll_back(self, verdict: Verdict, watch: Watch) -> None:
         """Goes back to the last checkpoint. Raises UserError on every rank when that has not helped before."""
+        with watch.patient():
+            self._go_back(verdict)
+        self._begin()
+
+    def _go_back(self, verdict: Verdict) -> None:
         self._check_saved()
-        checkpoint, passed_over = newest_checkpoint(self.place, self.mesh.world)
-        if checkpoint is not None and passed_over and self.mesh.is_main:
-            self.damaged.update(step for step in self.place.steps() if step > checkpoint.step)
-        for reason in passed_over:
-            self._say(f"passed over {reason}")
+        checkpoint = self._newest_checkpoint()
         verdict = self.guard.allowed(verdict, None if checkpoint is None else checkpoint.step)
         if checkpoint is None or verdict is Verdict.STOP:
             why = "there is no checkpoint to go back to" if checkpoint is None else "going back has not helped"
@@ -247,8 +251,6 @@ class Trainer:
         if skip_to is not None:
             self._say(f"the data of sequences {self.position} to {skip_to - 1} is left out")
             self.position = skip_to
-        self._begin()
-        watch.progress(self.step)
 
     def _evaluate_and_save(self, watch: Watch) -> None:
         """What the end of this step is due to bring."""
@@ -263,8 +265,8 @@ class Trainer:
                 tqdm.write(f"step {self.step}: held-out {evaluation}")
         # A run that is in trouble may have to go back to before it was.
         if last or _due(self.step, config.checkpoint.every) and not self.guard.skipped:
-            self.save()
-            watch.progress(self.step)
+            with watch.patient():
+                self.save()
 
     def evaluate(self, watch: Watch) -> Evaluation:
         """The loss on data.valid."""
@@ -328,13 +330,18 @@ class Trainer:
             if busy:
                 raise UserError(f"checkpoint.resume = false needs an empty output, {self.output} is not; name another")
             return None
-        checkpoint, passed_over = newest_checkpoint(self.place, self.mesh.world)
-        if checkpoint is not None and passed_over and self.mesh.is_main:
-            self.damaged.update(step for step in self.place.steps() if step > checkpoint.step)
-        for reason in passed_over:
-            self._say(f"passed over {reason}")
+        checkpoint = self._newest_checkpoint()
         if checkpoint is None and (self.output / "metrics.jsonl").exists():
+            self.mesh.world.together(lambda: check_nothing_saved(self.output, self.config.checkpoint.folder))
             self._say(f"{self.output} has no checkpoint yet: starting again from step 0")
+        return checkpoint
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest that verifies; says why newer ones do not."""
+        checkpoint, passed_over = newest_checkpoint(self.place, self.mesh.world)
+        self.damaged.update(passed_over)
+        for step, problem in passed_over.items():
+            self._say(f"passed over step-{step}: {problem}")
         return checkpoint
 
     def _open_data(self, checkpoint: Checkpoint | None, skip_to: int | None = None) -> tuple[MixedWindows, Batches]:
@@ -351,17 +358,27 @@ class Trainer:
     def _prepare_output(self, checkpoint: Checkpoint | None) -> list[OutputLock]:
         """Makes the folders and takes them for this run. Raises UserError when another has one, or has had it and saved
         since `checkpoint` was found to be the newest."""
-        folders, elsewhere = [self.output], self.config.checkpoint.folder
-        if elsewhere is not None and "://" not in elsewhere and Path(elsewhere).resolve() != self.output.resolve():
-            folders.append(Path(elsewhere))
+        folders = [self.output]
+        if "://" not in (path := self.place.path.removeprefix("file://")):
+            place = Path(path)
+            if self.config.checkpoint.folder is not None:
+                folders.append(place)
+            # Another run may use this one's folder of checkpoints, or this one that of another run's output.
+            folders += [folder for folder in (place, place.parent) if (folder / LOCK).exists()]
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        locks = [OutputLock(folder) for folder in folders]
-        found = -1 if checkpoint is None else checkpoint.step
-        if newer := [step for step in self.place.steps() if step > found and step not in self.damaged]:
-            raise UserError(f"another run has just saved step {newer[0]} in {self.place.path}; start again to go on")
-        self.place.clean()
-        return locks
+            make_folder(folder)
+        with ExitStack() as locks:
+            held = []
+            for folder in dict.fromkeys(folder.resolve() for folder in folders):
+                held.append(OutputLock(folder))
+                locks.callback(held[-1].close)
+            found = -1 if checkpoint is None else checkpoint.step
+            if newer := [step for step in self.place.steps() if step > found and step not in self.damaged]:
+                where = self.place.path
+                raise UserError(f"another run has just saved step {newer[0]} in {where}; start again to go on")
+            self.place.clean()
+            locks.pop_all()
+        return held
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.engine.load(checkpoint)

@@ -1,4 +1,5 @@
-"""What a run says of itself: one JSON object a step, TensorBoard beside it."""
+"""What a run says of itself: one JSON object a step, TensorBoard beside it. What cannot be written is said once, and
+missing: training and its checkpoints go on."""
 
 from __future__ import annotations
 
@@ -6,14 +7,14 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-
-from megakrause.errors import UserError
+from tqdm import tqdm
 
 # Dense bf16 FLOP/s of a device, from the makers' data sheets, by a part of the name that CUDA gives.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -29,13 +30,14 @@ class MetricsLog:
             _cut(self._path, start_step)
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  one line, one write
         self._board: Any = None
+        self._failed: set[str] = set()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1)
 
     def row(self, values: dict[str, Any]) -> None:
-        """Adds one object to metrics.jsonl. Raises UserError when it cannot be written."""
+        """Adds one object to metrics.jsonl."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON
         with self._explained(self._path):
             self._file.write(json.dumps(values) + "\n")
@@ -56,13 +58,14 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self._board.close()
 
-    @staticmethod
     @contextlib.contextmanager
-    def _explained(path: Path | str) -> Iterator[None]:
+    def _explained(self, path: Path | str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; the checkpoints are as they were") from error
+            if str(path) not in self._failed:
+                self._failed.add(str(path))
+                tqdm.write(f"cannot write {path}: {error.strerror}; training goes on without", file=sys.stderr)
 
 
 def _cut(path: Path, step: int) -> None:

@@ -16,18 +16,21 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from megakrause.parallel.mesh import Axis
 
 BEAT = 1.0  # seconds between beats
+SLOWEST = 2 * 3600.0  # seconds that a checkpoint may take to be written or read
 PATIENCE = 4.0  # seconds without a beat after which a rank is gone
 WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")  # in whose code
 MESH = f"{os.sep}megakrause{os.sep}parallel{os.sep}mesh.py"  # which waits for what it has sent and wants to receive
@@ -40,7 +43,7 @@ class Watch:
         """timeout: seconds without progress after which this process ends. stacks: folder for what the ranks were doing
         then."""
         self._world, self._timeout, self._step, self._since = world, timeout, step, time.monotonic()
-        self._stacks, self._dumped = stacks, False
+        self._allowed, self._stacks, self._dumped = timeout, stacks, False
         self._closed, self._telling = threading.Event(), threading.Lock()
         self._store: Any = None
         if world.size == 1 or "MASTER_ADDR" not in os.environ:
@@ -63,6 +66,22 @@ class Watch:
     def progress(self, step: int) -> None:
         """Something was done; this process is in `step` now."""
         self._step, self._since = step, time.monotonic()
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """While it is open, what is done may take hours, as a large checkpoint on a slow disk does."""
+        self._allowed = SLOWEST
+        try:
+            yield
+        finally:
+            self.progress(self._step)
+            self._allowed = self._timeout
+
+    def told(self) -> None:
+        """This process ends and says why: the others need not look for who is gone."""
+        if self._store is not None:
+            with suppress(RuntimeError, dist.DistError):
+                self._store.add("told", 1)
 
     def blame(self) -> bool:
         """Looks whether somebody is gone, and says who, if no other rank has said it."""
@@ -91,11 +110,11 @@ class Watch:
                 # SIGTERM may be from a launcher that lost a rank; else it is a request, which the main thread sees to.
                 if woken and signal.SIGTERM in os.read(self._woken, 64) and self.blame():
                     os._exit(128 + signal.SIGTERM)
-                if time.monotonic() - self._since > self._timeout:
+                if time.monotonic() - self._since > self._allowed:
                     self._store.set("hung", "1")
                     self._dump()
                     with self._telling:
-                        message = self._stuck() or self._gone()
+                        message = self._gone() or self._stuck()
                         message = message or f"no progress in step {self._step}, but every rank is alive"
                         self._say(f"{message}; what the ranks were doing is in {self._stacks}")
                     time.sleep(2 * BEAT)  # for the others to write theirs
@@ -133,8 +152,11 @@ class Watch:
         return f"rank {' and '.join(still)} is gone or stopped, in step {self._step}"
 
     def _stuck(self) -> str:
-        """Where this process's main thread is, unless it waits for others."""
+        """Where this process's main thread is, unless it waits for others. (On a GPU, whoever waits for others waits in
+        any line that wants a number from it.)"""
         assert self._main is not None
+        if torch.cuda.is_available():
+            return ""
         frame: FrameType | None = sys._current_frames().get(self._main)
         frames = traceback.extract_stack(frame) if frame is not None else []
         waits = any(part in entry.filename for part in WAITING for entry in frames)

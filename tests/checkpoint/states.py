@@ -171,8 +171,3 @@ def message_of(attempt: Callable[[], Any]) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def steps_of(reasons: Iterable[str]) -> list[str]:
-    """Of reasons why checkpoints were passed over."""
-    return [reason.split(": ")[0] for reason in reasons]

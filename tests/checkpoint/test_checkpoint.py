@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from tests.checkpoint.states import (
     save,
     value,
 )
+from tests.disks import needs_root
 
 pytestmark = pytest.mark.faults
 
@@ -309,7 +312,7 @@ def test_every_broken_file_is_noticed_and_named(home: Home, name: str, kind: str
     checkpoint, passed_over = newest_checkpoint(home.place())
     assert is_whole(checkpoint, 1)  # the older one
     if not (home.scheme and name == "COMMIT.json" and kind in ("missing", "a folder")):
-        assert len(passed_over) == 1 and passed_over[0].startswith("step-2: ") and name in passed_over[0]
+        assert list(passed_over) == [2] and name in passed_over[2]
     if not without_commit:
         with pytest.raises(UserError, match=name):
             find_checkpoint(home.step(2))
@@ -329,13 +332,13 @@ def test_when_none_is_usable_all_reasons_are_given(home: Home) -> None:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_when_nothing_was_ever_committed_there_is_none(tmp_path: Path, scheme: str) -> None:
-    assert newest_checkpoint(Place.of(f"{scheme}{tmp_path}/nowhere")) == (None, [])
+    assert newest_checkpoint(Place.of(f"{scheme}{tmp_path}/nowhere")) == (None, {})
     (tmp_path / "step-3.tmp").mkdir()
     (tmp_path / "step-3.tmp" / "COMMIT.json").touch()
     (tmp_path / "step-x").mkdir()
     (tmp_path / "step-x" / "COMMIT.json").touch()
     (tmp_path / "other").touch()
-    assert newest_checkpoint(Place.of(f"{scheme}{tmp_path}")) == (None, [])
+    assert newest_checkpoint(Place.of(f"{scheme}{tmp_path}")) == (None, {})
 
 
 def test_a_later_format_is_refused(home: Home) -> None:
@@ -377,7 +380,7 @@ def test_leftovers_are_removed_and_nothing_else(root: Path) -> None:
         shutil.copytree(root / "step-1", root / name)
     (root / "notes.txt").touch()
     checkpoint, passed_over = newest_checkpoint(Place.of(root))
-    assert checkpoint is not None and checkpoint.step == 1 and passed_over == []
+    assert checkpoint is not None and checkpoint.step == 1 and passed_over == {}
     Place.of(root).clean()
     assert folders(root) == ["notes.txt", "step-1"]
     Place.of(root / "nowhere").clean()
@@ -552,3 +555,44 @@ def test_a_checkpoint_of_another_model_is_refused(root: Path) -> None:
         write_bytes(Path(folder), "config.toml", iter([other.to_toml().encode()]))
         with pytest.raises(UserError, match=says):
             load_model(Checkpoint(folder))
+
+
+@needs_root
+@pytest.mark.parametrize("trouble", ["no more open files", "no rights to the folder", "no rights to a file"])
+def test_what_cannot_be_read_now_is_neither_passed_over_nor_missing(tmp_path: Path, trouble: str) -> None:
+    """In a process of its own, which is really so."""
+    home = Home(tmp_path / "checkpoints", "")
+    for step in (1, 2):
+        save(home.name, step)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o711)
+    match trouble:
+        case "no more open files":
+            before = "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')), 4096))"
+        case "no rights to the folder":
+            home.root.chmod(0o711)
+            before = "os.setuid(65534)"
+        case _:
+            (home.root / "step-2" / "state.json").chmod(0o600)
+            before = "os.setuid(65534)"
+    code = f"""
+import os, resource, sys
+from megakrause.checkpoint.read import Place, newest_checkpoint
+{before}
+print("found", newest_checkpoint(Place.of(sys.argv[1])))
+"""
+    ended = subprocess.run([sys.executable, "-c", code, home.name], capture_output=True, text=True)
+    assert "cannot read" in ended.stderr and "it may be whole, so nothing older is used" in ended.stderr, ended
+    assert "found" not in ended.stdout
+
+
+def test_many_ranks_need_few_open_files(tmp_path: Path) -> None:
+    save_files = {f"rank-{rank:05d}.safetensors": b"" for rank in range(300)}
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    for name in save_files:
+        write_bytes(folder, name, iter([name.encode()]))
+    opened = open_folder(folder)
+    for _ in range(2):
+        assert all(opened.read(name) == name.encode() for name in save_files)
+    assert len(os.listdir("/proc/self/fd")) < 200

@@ -117,7 +117,7 @@ def judge(trial: Trial, seen: dict[str, Any]) -> None:
         assert seen["found"] == (before if trial.point.found is OLD else NEW), seen
     else:  # the rank at the point goes on, until it is killed or misses the other
         assert seen["found"] in (before, NEW), seen
-    assert seen["again"] == NEW and seen["passed over"] == [], seen
+    assert seen["again"] == NEW and seen["passed over"] == {}, seen
     assert seen["left"] == ["step-3"] and seen["files"] == sorted(NAMES), seen
 
 

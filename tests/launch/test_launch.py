@@ -41,7 +41,9 @@ nodes = [
     subprocess.Popen(command, env=os.environ | {{"SLURM_NODEID": str(node)}})
     for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
 ]
-signal.signal(signal.SIGTERM, lambda *_: [node.terminate() for node in nodes])
+# Slurm's own hands on most signals, and makes SIGKILL of SIGTERM.
+signal.signal(signal.SIGTERM, lambda *_: [node.kill() for node in nodes])
+signal.signal(signal.SIGUSR1, lambda *_: [node.send_signal(signal.SIGUSR1) for node in nodes])
 sys.exit(max(node.wait() for node in nodes))
 """
 SCONTROL = """#!/bin/sh

@@ -205,6 +205,34 @@ def test_no_usable_checkpoint_is_no_fresh_start(
     assert "none of the 1 checkpoints" in line and "does not match its checksum" in line and weights.name in line
 
 
+def test_checkpoints_that_are_not_where_they_were_are_no_fresh_start(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run = ["train", str(config), "train.steps=6", "checkpoint.every=2", f"checkpoint.folder={elsewhere}"]
+    assert main(run) == 0
+    before = [path.read_bytes() for path in (output / "config.toml", output / "metrics.jsonl")]
+    line = refuse(capsys, config, "train.steps=8", "checkpoint.every=2")
+    assert f"{output} is of a run with checkpoints in {elsewhere}: give it the same checkpoint.folder" in line
+    elsewhere.rename(tmp_path / "unmounted")
+    line = refuse(capsys, config, "train.steps=8", "checkpoint.every=2", f"checkpoint.folder={elsewhere}")
+    assert f"came to step 6 and saved every 2, and no checkpoint is in {elsewhere}" in line
+    assert before == [path.read_bytes() for path in (output / "config.toml", output / "metrics.jsonl")]
+
+
+def test_two_runs_cannot_share_a_folder_of_checkpoints(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of the one's output, whichever of them comes first."""
+    place = f"checkpoint.folder={tmp_path}/run/checkpoints"
+    for first, second in ([], [f"output={tmp_path}/b", place]), ([f"output={tmp_path}/c", place], []):
+        running = start(config, "train.steps=100000", "train.seed=7", *first)
+        wait_for(running, tmp_path / ("c" if first else "run") / "metrics.jsonl")
+        assert f"another run, process {running.pid} on " in refuse(capsys, config, "train.seed=7", *second)
+        running.kill()
+        running.wait()
+
+
 def test_two_runs_cannot_share_an_output(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = start(config, "train.steps=100000")
     wait_for(first, tmp_path / "run" / "metrics.jsonl")

@@ -187,3 +187,23 @@ def test_a_spike_that_comes_again_and_again_ends_the_run(config: Path) -> None:
     common = ("train.steps=40", "checkpoint.every=8", "guard.spike=8", "guard.window=8", "guard.rollbacks=2")
     printed = finish(start_script(config, *common, prelude=SPIKE.format(bad="len(calls) > 10")), 1)
     assert printed.count("is left out") == 2 and "is a spike, and going back has not helped" in printed
+
+
+def test_a_run_that_is_stopped_in_a_spike_does_not_save_it(config: Path, tmp_path: Path) -> None:
+    """Neither the spike nor, when it goes on, its data."""
+    output = tmp_path / "run"
+    common = ("train.steps=20", "checkpoint.every=4", "guard.spike=8", "guard.window=8", "checkpoint.keep=9")
+    spike = SPIKE.format(bad="len(calls) == 11 and not os.kill(os.getpid(), 15)")
+    printed = finish(start_script(config, *common, prelude=spike), 75)
+    assert "stopped: SIGTERM received; step 11 is not saved, for a loss of 100 after" in printed
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-4", "step-8"]
+    assert "resuming from" in finish(start_script(config, *common))
+
+
+def test_steps_that_were_skipped_are_counted_on_after_a_resume() -> None:
+    guard, again = (Guard(GuardConfig(skips=3)) for _ in range(2))
+    assert [guard.judge(NAN, False) for _ in range(2)] == [Verdict.GO_ON] * 2
+    again.go_back(guard.state)
+    assert again.judge(NAN, False) is Verdict.ROLL_BACK
+    again.go_back({})
+    assert again.judge(NAN, False) is Verdict.GO_ON

@@ -78,7 +78,7 @@ class Trials:
         printed = job.kill(victims)
 
         newest, passed_over = newest_checkpoint(self.place)
-        assert passed_over == [], printed
+        assert passed_over == {}, printed
         found = 0 if newest is None else newest.step
         assert found >= max(committed, default=0), printed
         if (last := last_step(self.output)) > before:

@@ -82,7 +82,8 @@ def test_what_dead_runs_left_costs_no_time(tmp_path: Path, leave: Callable[[Path
     began = time.monotonic()
     held = OutputLock(tmp_path)
     assert time.monotonic() - began < seconds
-    assert json.loads((tmp_path / lock.NAME).read_text()) == {"host": lock.me(), "pid": os.getpid()}
+    claim = json.loads((tmp_path / lock.NAME).read_text())
+    assert (claim["host"], claim["pid"]) == (lock.me(), os.getpid())
     held.close()
     assert os.listdir(tmp_path) == [lock.NAME]
 
@@ -95,3 +96,13 @@ def test_a_folder_that_goes_away_does_not_end_the_run(tmp_path: Path, capsys: py
     time.sleep(3 * lock.BEAT)
     assert f"cannot touch {folder}" in capsys.readouterr().err
     held.close()
+
+
+def test_a_run_that_was_taken_for_dead_ends(tmp_path: Path) -> None:
+    held = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stderr=-1, text=True)
+    assert held.stdout is not None and held.stdout.readline() == "held\n"
+    (tmp_path / lock.NAME).write_text(json.dumps(ELSEWHERE | {"claim": "another"}))
+    _, said = held.communicate(timeout=10)
+    assert held.returncode == 1
+    assert f"error: this run has lost {tmp_path}: process 7 on elsewhere has it now; it ends" in said
+    assert json.loads((tmp_path / lock.NAME).read_text()) == ELSEWHERE | {"claim": "another"}

@@ -114,6 +114,19 @@ def test_if_told_so_training_goes_on_and_saves_when_there_is_room(
 
 
 @needs_root
+def test_a_log_that_cannot_be_written_does_not_end_the_run(config: Path, tmp_path: Path, small_disk: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    # So many rows do not fit into the pages that the file has when the disk becomes full.
+    overrides = ("train.steps=40", "checkpoint.every=4", f"checkpoint.folder={checkpoints}", "checkpoint.keep=9")
+    process = start_script(config, *overrides, f"output={small_disk}/run", prelude=SLOW_STEPS)
+    when_step_4_is_there(process, checkpoints, lambda: fill(small_disk))
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    said = f"cannot write {small_disk}/run/metrics.jsonl: No space left on device; training goes on without"
+    assert printed.count(said) == 1 and {"step-8", "step-40"} <= set(saved(checkpoints))
+
+
+@needs_root
 @pytest.mark.slow
 def test_the_last_checkpoint_must_be_written(config: Path, small_disk: Path) -> None:
     overrides = ("train.steps=8", "checkpoint.every=4", f"checkpoint.folder={small_disk}/checkpoints")

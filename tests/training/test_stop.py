@@ -91,6 +91,23 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert_goes_on_as_if_never_stopped(config, output, override)
 
 
+def test_a_signal_in_the_last_step_saves_as_if_there_were_none(config: Path, tmp_path: Path) -> None:
+    prelude = """
+from megakrause.training import engine
+real_step, calls = engine.Engine.train_step, []
+def train_step(self, batch, lr):
+    calls.append(1)
+    if len(calls) == 6:
+        os.kill(os.getpid(), 15)
+    return real_step(self, batch, lr)
+engine.Engine.train_step = train_step
+"""
+    process = start_script(config, "train.steps=6", prelude=prelude)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped: " not in printed, printed
+    assert saved_step(tmp_path / "run") == 6
+
+
 def test_the_time_limit_saves_and_ends(config: Path, tmp_path: Path) -> None:
     process = start_script(config, *ENDLESS, "train.time_limit=0.05")
     printed, _ = process.communicate(timeout=60)
