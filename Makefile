@@ -39,7 +39,7 @@ endef
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-lora test test-full faults gpu-check lint format constraints clean
+.PHONY: help setup demo demo-lora demo-vision test test-full faults gpu-check lint format constraints clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,10 @@ demo: $(RUNS)  ## set-up, then the whole main job on this machine: text to train
 
 demo-lora: $(RUNS)  ## set-up, then a Llama of transformers goes on with a Krause branch and adapters, and back
 	@$(PY) -m megakrause.demo_lora
+
+demo-vision: $(RUNS)  ## set-up, then vision transformers and image models learn handwritten digits; ARGS="--seeds 5"
+	@$(PY) -c 'import sklearn' 2>/dev/null || $(PIP_INSTALL) -c constraints.txt -e '.[demo]'
+	@$(PY) -m megakrause.demo_vision $(ARGS)
 
 # Two at a time, files whole: tests of a file share what is slow to start, and some start eight processes.
 PYTEST = $(PY) -m pytest -n 2 --dist loadfile

@@ -40,7 +40,7 @@ import sys
 
 import torch
 
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.errors import run_command
 
 

@@ -47,7 +47,7 @@ def _command(
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from megakrause.config_file import load_config
+        from megakrause.config.file import load_config
         from megakrause.parallel.launcher import end_with_launcher, is_launched
 
         if is_launched():
@@ -125,14 +125,27 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from megakrause.generate import generate_text
+        from megakrause.generate import generate_images, generate_text
 
+        if arguments.output is not None:
+            generate_images(
+                arguments.checkpoint,
+                arguments.count,
+                arguments.output,
+                complete=arguments.complete,
+                prefix=arguments.data,
+                temperature=1.0 if arguments.temperature is None else arguments.temperature,
+                top_p=arguments.top_p,
+                seed=arguments.seed,
+            )
+            print(arguments.output)
+            return
         prompt = arguments.prompt
         pieces = generate_text(
             arguments.checkpoint,
             prompt,
             arguments.max_new_tokens,
-            temperature=arguments.temperature,
+            temperature=arguments.temperature or 0.0,
             top_p=arguments.top_p,
             seed=arguments.seed,
         )
@@ -145,15 +158,25 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
         "generate",
-        "Continue a text.",
+        "Continue a text, or draw images.",
         "  megakrause generate runs/demo/lm --prompt 'import os' --max-new-tokens 100 --temperature 0\n"
-        "  megakrause generate runs/demo/lm/checkpoints/step-400 --temperature 0.8 --top-p 0.95 --seed 1",
+        "  megakrause generate runs/demo/lm/checkpoints/step-400 --temperature 0.8 --top-p 0.95 --seed 1\n"
+        "  megakrause generate runs/image/krause-mnist --output samples.png --count 64\n"
+        "  megakrause generate runs/image/krause-mnist --output completed.png --complete --data data/mnist-test",
         run,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")
     parser.add_argument("--prompt", default="", help="text that opens the document (default: none)")
     parser.add_argument("--max-new-tokens", type=_positive, default=128)
-    parser.add_argument("--temperature", type=_not_negative, default=0.0, help="0 (default): the most likely token")
+    parser.add_argument(
+        "--temperature", type=_not_negative, help="0: the most likely token; default: 0 of text, 1 of images"
+    )
+    parser.add_argument("--output", metavar="PNG", type=Path, help="of an image model: a picture of what it draws")
+    parser.add_argument("--count", type=_positive, default=16, help="images; default: 16")
+    parser.add_argument("--complete", action="store_true", help="draw the lower halves of real images")
+    parser.add_argument(
+        "--data", metavar="PREFIX", help="of these; default: the config's data.valid, or data.train for first values"
+    )
     parser.add_argument(
         "--top-p", type=_share, default=1.0, help="draw from the likeliest tokens of this total probability"
     )
@@ -185,7 +208,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         from megakrause.hf.paper import import_state_dict
 
         model = import_state_dict(arguments.state, arguments.out, arguments.config, arguments.window, arguments.top_k)
-        print(f"{arguments.out}: {model.layers} layers of width {model.width} with a Krause branch")
+        kinds = " and ".join(sorted(set(model.attention_of_layers)))
+        print(f"{arguments.out}: {model.kind} of {model.layers} layers of width {model.width}, attention {kinds}")
 
     converters = commands.add_parser("convert", help="Convert checkpoints.").add_subparsers(metavar="TO", required=True)
     parser = _command(
@@ -237,14 +261,17 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "from-paper",
         "Write a state dict of the paper's published implementation as a checkpoint.",
         "  megakrause convert from-paper llama_krause.pt runs/llama --config Llama-3-8B/config.json --window 32 "
-        "--top-k 16",
+        "--top-k 16\n"
+        "  megakrause convert from-paper kvit.pt runs/kvit --config configs/vit/kvit-s-cifar10.toml",
         from_paper,
     )
     parser.add_argument("state", metavar="STATE_DICT", type=Path, help=".pt, .safetensors, or a folder of shards")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be new or empty")
-    parser.add_argument("--config", type=Path, required=True, help="Hugging Face config.json of the model")
-    parser.add_argument("--window", type=_positive, required=True, help="keys that a Krause query sees")
-    parser.add_argument("--top-k", type=_positive, help="keys that it keeps; default: all")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="config.json of a language model, or a run's .toml of any other"
+    )
+    parser.add_argument("--window", type=_positive, help="of a language model: keys that a Krause query sees")
+    parser.add_argument("--top-k", type=_positive, help="of a language model: keys that it keeps; default: all")
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:
@@ -310,7 +337,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         from megakrause.show import show_corpus, show_step
 
         if arguments.what.endswith(".toml"):
-            from megakrause.config_file import load_config
+            from megakrause.config.file import load_config
 
             lines = show_step(load_config(arguments.what, arguments.overrides), arguments.step, arguments.count)
         else:
@@ -364,7 +391,7 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     def run(arguments: argparse.Namespace) -> None:
-        from megakrause.config_file import load_config
+        from megakrause.config.file import load_config
         from megakrause.plan import run
 
         config = load_config(arguments.config, arguments.overrides)

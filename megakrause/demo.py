@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import xxhash
 
-from megakrause.checkpoint.model import load_model, stored_tokenizer
+from megakrause.checkpoint.model import load_language_model, stored_tokenizer
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint
 from megakrause.config import RunConfig
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import train_tokenizer
@@ -43,7 +43,7 @@ NEW_TOKENS = 96
 def main() -> None:
     began = time.perf_counter()
     config = load_config(CONFIG)
-    data, output = Path(config.data.tokenizer).parent, Path(config.output)
+    data, output = Path(config.tokenizer).parent, Path(config.output)
     exported = output.with_name("hf")
     with step(1, "corpus: the sources of Python's standard library, split by file"):
         files = {"train": list(sources(held_out=False)), "valid": list(sources(held_out=True))}
@@ -72,7 +72,7 @@ def main() -> None:
    tensorboard --logdir {output.parent}                                   # curves
    megakrause generate {output} --prompt 'class ' --temperature 0.8       # more text
    megakrause train {CONFIG} train.steps=5000 output=runs/longer          # longer training
-   python data_prep/tokenize_text.py --input YOUR_TEXT --tokenizer {config.data.tokenizer} --output runs/own/train
+   python data_prep/tokenize_text.py --input YOUR_TEXT --tokenizer {config.tokenizer} --output runs/own/train
    megakrause train {CONFIG} data.train=runs/own/train data.valid=none train.eval_every=0 output=runs/own/lm
 """)
 
@@ -103,7 +103,7 @@ def prepare(data: Path, files: dict[str, list[Path]], config: RunConfig) -> None
         data.mkdir(parents=True, exist_ok=True)
         (data / "source.json").unlink(missing_ok=True)
         texts = (path.read_bytes().decode(errors="replace") for path in files["train"])
-        tokenizer = train_tokenizer(texts, VOCABULARY, config.data.tokenizer)
+        tokenizer = train_tokenizer(texts, VOCABULARY, config.tokenizer)
         text = "".join(path.read_bytes().decode(errors="replace") for path in files["valid"])
         if tokenizer.decode(tokenizer.encode(text)) != text:
             raise UserError("the tokenizer is not lossless on the held-out files")
@@ -123,7 +123,7 @@ def prepare(data: Path, files: dict[str, list[Path]], config: RunConfig) -> None
 def source_key(files: dict[str, list[Path]], config: RunConfig) -> str:
     """A hash that changes with the files or with what the model is to be."""
     listing = [(name, str(p), p.stat().st_size, p.stat().st_mtime_ns) for name, paths in files.items() for p in paths]
-    what = (listing, config.model.model_dump(), config.train.seq_len, config.train.seed, VOCABULARY)
+    what = (listing, config.model.model_dump(), config.seq_len, config.train.seed, VOCABULARY)
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
@@ -149,9 +149,7 @@ def report_loss(checkpoint: Checkpoint, config: RunConfig) -> None:
     counts = np.bincount(corpus.read(0, corpus.num_tokens))
     share = counts[counts > 0] / corpus.num_tokens
     unigram = -float((share * np.log(share)).sum())
-    print(
-        f"   {result.bits_per_byte:.3f} bits per byte, {result.loss:.3f} nats per token over {result.tokens:,} tokens"
-    )
+    print(f"   {result.bits_per_byte:.3f} bits per byte, {result.loss:.3f} nats per token over {result.count:,} tokens")
     print(f"   entropy of one token: uniform {math.log(VOCABULARY):.3f} nats, held-out unigrams {unigram:.3f} nats")
     print(f"   the model is {unigram - result.loss:.2f} nats below the unigrams")
 
@@ -161,7 +159,7 @@ def report_sample(checkpoint: Checkpoint, exported: Path, text: str) -> None:
 
     tokenizer = stored_tokenizer(checkpoint)
     prompt = [tokenizer.eos, *tokenizer.encode(text)]
-    ours = list(generate_tokens(load_model(checkpoint), prompt, NEW_TOKENS, temperature=0.0))
+    ours = list(generate_tokens(load_language_model(checkpoint), prompt, NEW_TOKENS, temperature=0.0))
     model: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
     ids = torch.tensor([prompt])
     theirs = model.generate(

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megakrause.checkpoint.model import load_model, stored_tokenizer
+from megakrause.checkpoint.model import load_language_model, stored_tokenizer
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.config import RunConfig
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.data.prepare import tokenize_corpus
 from megakrause.data.shards import Corpus
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
@@ -135,7 +135,7 @@ def train_base(config: RunConfig, tokenizer: Tokenizer, data: Path, out: Path) -
 
 def batches(config: RunConfig, tokenizer: Tokenizer, prefix: Path) -> Iterator[torch.Tensor]:
     corpus = Corpus.open(prefix, tokenizer)
-    windows = TokenWindows(corpus, config.train.seq_len, eos=tokenizer.eos, mask_documents=False, seed=1)
+    windows = TokenWindows(corpus, config.seq_len, eos=tokenizer.eos, mask_documents=False, seed=1)
     size = config.train.global_batch
     for start in range(0, BASE_STEPS * size, size):
         yield windows.batch(torch.arange(start, start + size).numpy()).tokens
@@ -145,7 +145,7 @@ def batches(config: RunConfig, tokenizer: Tokenizer, prefix: Path) -> Iterator[t
 def gate_shares(config: RunConfig) -> dict[str, float]:
     """How much of each layer's output comes from the Krause branch, on a held-out sequence."""
     checkpoint = find_checkpoint(config.output)
-    model, tokenizer = load_model(checkpoint), stored_tokenizer(checkpoint)
+    model, tokenizer = load_language_model(checkpoint), stored_tokenizer(checkpoint)
     assert config.data.valid is not None
     corpus = Corpus.open(config.data.valid, tokenizer)
     shares: dict[str, float] = {}
@@ -157,7 +157,7 @@ def gate_shares(config: RunConfig) -> dict[str, float]:
     for name, block in model.blocks.items():
         gate = block.attention.gate  # type: ignore[union-attr]
         gate.register_forward_pre_hook(lambda gate, args, name=f"layer {name}": record(name, gate, args[0]))  # type: ignore[union-attr]
-    model(torch.from_numpy(corpus.read(0, config.train.seq_len).astype("int64"))[None])
+    model(torch.from_numpy(corpus.read(0, config.seq_len).astype("int64"))[None])
     return shares
 
 

@@ -1,16 +1,18 @@
-"""`megakrause evaluate`: a checkpoint's loss on a held-out corpus, without an engine."""
+"""`megakrause evaluate`: a checkpoint's loss on a held-out corpus, and what else is said of it, without an engine."""
 
 from __future__ import annotations
 
 import torch
 
-from megakrause.batch import TokenBatch
+from megakrause.batch import Batch
 from megakrause.checkpoint.model import load_model, stored_config, stored_tokenizer
 from megakrause.checkpoint.read import find_checkpoint
+from megakrause.data.images import ImageSamples
 from megakrause.data.loader import eval_batches, num_eval_batches
-from megakrause.data.open import eval_windows
+from megakrause.data.open import eval_images, eval_windows
+from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
-from megakrause.ops.cross_entropy import cross_entropy_sum
+from megakrause.models.objective import build_objective
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.evaluate import Evaluation, evaluate
 
@@ -25,18 +27,22 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
     prefix = prefix or config.data.valid
     if prefix is None:
         raise UserError(f"{checkpoint.path} names no data.valid; give --data PREFIX")
-    tokenizer = stored_tokenizer(checkpoint)
-    windows = eval_windows(config, tokenizer, prefix)
-    assert windows is not None
+    valid: TokenWindows | ImageSamples | None
+    if config.model.kind == "lm":
+        valid = eval_windows(config, stored_tokenizer(checkpoint), prefix)
+    else:
+        valid = eval_images(config, prefix)
+    assert valid is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(checkpoint, device)
-    batch = max(1, TOKENS_AT_ONCE // config.train.seq_len)
+    objective, size = build_objective(model.config), max(1, TOKENS_AT_ONCE // config.seq_len)
 
-    def loss_sum(batch: TokenBatch) -> tuple[float, int]:
+    def sums(batch: Batch) -> tuple[list[float], int]:
         batch = batch.to(device)
-        logits = model(batch.tokens, batch.doc_start)
-        return float(cross_entropy_sum(logits, batch.targets, batch.loss_mask)), int(batch.loss_mask.sum())
+        values = objective.sums(model(*batch.inputs), batch.targets, batch.loss_mask)
+        return values.tolist(), int(batch.loss_mask.sum())
 
-    batches = eval_batches(windows, batch=batch, rank=0, ranks=1, limit=0)
-    total = num_eval_batches(windows, batch=batch, ranks=1, limit=0)
-    return evaluate(loss_sum, batches, Mesh.alone(device), windows.corpus.bytes_per_token, total)
+    batches = eval_batches(valid, batch=size, rank=0, ranks=1, limit=0)
+    total = num_eval_batches(valid, batch=size, ranks=1, limit=0)
+    bytes_per_token = valid.corpus.bytes_per_token if isinstance(valid, TokenWindows) else None
+    return evaluate(sums, batches, Mesh.alone(device), model.config, bytes_per_token, total)

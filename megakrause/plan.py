@@ -18,11 +18,12 @@ from typing import Any
 from tqdm import tqdm
 
 from megakrause.config import RunConfig
-from megakrause.config_file import parse_config
+from megakrause.config.file import parse_config
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
-from megakrause.models.build import flops_of_layers, whole_shapes
+from megakrause.models.build import whole_shapes
 from megakrause.models.cost import ModelCost, measure, state_bytes
+from megakrause.models.flops import flops_of_layers
 from megakrause.models.layout import balanced_stages
 from megakrause.table import table
 
@@ -101,7 +102,7 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.config.train.global_batch * self.config.train.seq_len / self.seconds
+        return self.config.train.global_batch * self.config.seq_len / self.seconds
 
     @property
     def layout(self) -> str:
@@ -113,7 +114,7 @@ class Plan:
 
 def make_plan(config: RunConfig, gpus: int, gpu: Gpu, cost: ModelCost | None = None, *, on_gpu: bool = True) -> Plan:
     """cost: what `measure` gave for the config, if it is known. Raises UserError for a layout that cannot be."""
-    parallel, model, seq_len = config.parallel, config.model, config.train.seq_len
+    parallel, model, seq_len = config.parallel, config.model, config.seq_len
     pp, cp, tp = parallel.pp, parallel.cp, parallel.tp
     if gpus % (pp * cp * tp):
         raise UserError(
@@ -251,7 +252,7 @@ def receptive_field(config: RunConfig) -> int | None:
 def run(config: RunConfig, gpus: int | None, gpu_name: str, count: int, json_path: Path | None) -> None:
     """Prints the plan of a config, and the best layouts of as many GPUs. Raises UserError."""
     if config.model.vocab_size is None:
-        vocab_size = Tokenizer.load(config.data.tokenizer).vocab_size
+        vocab_size = Tokenizer.load(config.tokenizer).vocab_size
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
     gpu, parallel = GPUS[gpu_name], config.parallel
     gpus = gpus or parallel.pp * parallel.cp * parallel.tp
@@ -268,7 +269,7 @@ def run(config: RunConfig, gpus: int | None, gpu_name: str, count: int, json_pat
 
 def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
     config = plan.config
-    model, seq_len = config.model, config.train.seq_len
+    model, seq_len = config.model, config.seq_len
     total = sum(map(math.prod, whole_shapes(model).values()))
     flops = sum(flops_of_layers(model, seq_len))
     fits = "fits" if plan.peak <= USABLE * gpu.memory else "does NOT fit"
@@ -305,7 +306,7 @@ def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
 
 def _mfu(plan: Plan, gpu: Gpu) -> float:
     config = plan.config
-    return plan.tokens_per_s * sum(flops_of_layers(config.model, config.train.seq_len)) / (plan.gpus * gpu.flops)
+    return plan.tokens_per_s * sum(flops_of_layers(config.model, config.seq_len)) / (plan.gpus * gpu.flops)
 
 
 def _row(plan: Plan, gpu: Gpu) -> dict[str, Any]:

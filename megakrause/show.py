@@ -55,7 +55,7 @@ def _show_parts(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
 
 def show_step(config: RunConfig, step: int, count: int) -> Iterator[str]:
     """Lines: the mix, then the first `count` sequences of a training step (from 1) with the bounds of documents."""
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = Tokenizer.load(config.tokenizer)
     with closing(train_samples(config, tokenizer)) as samples:
         yield from _show(config, samples, tokenizer, step, count)
 

@@ -211,7 +211,7 @@ def train(arguments: argparse.Namespace) -> None:
     """The demo's configuration in bf16, ZeRO 1 and 3, with a resume half-way, against the same on the CPU."""
     if importlib.util.find_spec("deepspeed") is None:
         raise RuntimeError("deepspeed is not installed")
-    from megakrause.config_file import load_config
+    from megakrause.config.file import load_config
     from megakrause.demo import CONFIG, prepare, sources
 
     os.chdir(ROOT)

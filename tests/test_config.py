@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakrause.config import RunConfig
-from megakrause.config_file import load_config, parse_config
+from megakrause.config.file import load_config, parse_config
 from megakrause.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +161,7 @@ def test_overrides_that_cannot_be(small: Path, override: str, says: str) -> None
         (dict(model__layers=-1), ["model.layers", "-1", "greater than 0"]),
         (dict(model__layers="two"), ["model.layers", "'two'", "integer"]),
         (dict(model__sigma=0.0), ["model.sigma", "0.0", "greater than 0"]),
-        (dict(model__kind="vit"), ["model.kind", "'vit'", "'lm'"]),
+        (dict(model__kind="vlm"), ["model.kind", "'vlm'", "'lm'"]),
         (
             dict(model__attention="linear"),
             ["model.attention = 'linear'", "'krause', 'softmax', 'softmax_window' or 'dual'"],

@@ -14,7 +14,7 @@ import pytest
 
 from megakrause.cli import main
 from megakrause.config import RunConfig
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.models.cost import measure
 from megakrause.plan import GPUS, USABLE, make_plan, receptive_field, search
 

@@ -15,7 +15,7 @@ from megakrause.bench.measure import machine, ratio, take_turns, write_json
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
 from megakrause.models.attention import GrowingCache, WindowCache
-from megakrause.models.build import build_model
+from megakrause.models.build import build_language_model
 from megakrause.models.lm import LanguageModel, ModelCache
 from megakrause.table import table
 
@@ -44,7 +44,7 @@ def run(positions: list[int], batch: int, json_path: Path | None) -> None:
 def make_model(kind: str) -> LanguageModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = ModelConfig.model_validate(MODEL | {"attention": kind, "vocab_size": VOCABULARY})
-    return build_model(config, seed=0).to(device).eval()
+    return build_language_model(config, seed=0).to(device).eval()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megakrause.bench.measure import machine, write_json
 from megakrause.bench.training import LR, MODEL, TOKENS, VOCABULARY, make_batch
 from megakrause.config import RunConfig
-from megakrause.config_file import parse_config
+from megakrause.config.file import parse_config
 from megakrause.errors import UserError
 from megakrause.models.build import build_model
 from megakrause.models.layout import Layout

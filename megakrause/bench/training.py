@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from megakrause.batch import TokenBatch
 from megakrause.bench.measure import machine, ratio, take_turns, write_json
 from megakrause.config import ModelConfig, RunConfig
-from megakrause.config_file import parse_config
+from megakrause.config.file import parse_config
 from megakrause.errors import UserError
 from megakrause.hf.names import to_hf
 from megakrause.models.build import build_model, count_parameters

@@ -10,11 +10,11 @@ import torch
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.checkpoint.weights import Piece, Weights
 from megakrause.config import ModelConfig, RunConfig
-from megakrause.config_file import parse_config
+from megakrause.config.file import parse_config
 from megakrause.data.huggingface_tokenizer import TOKENIZER
 from megakrause.data.tokenizer import MODEL, Tokenizer
 from megakrause.errors import UserError
-from megakrause.models.build import build_model, whole_shapes
+from megakrause.models.build import Model, build_model, whole_shapes
 from megakrause.models.dual import is_of_branch, starts_as
 from megakrause.models.lm import LanguageModel
 from megakrause.models.lora import adapter_names, is_of_adapter, merge
@@ -37,7 +37,7 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return Tokenizer(files, checkpoint.path)
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", *, adapters: bool = True) -> LanguageModel:
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", *, adapters: bool = True) -> Model:
     """The model in float32, adapters merged into it or left out, in evaluation mode. Raises UserError when the
     checkpoint does not hold all of it."""
     weights = MergedWeights(checkpoint, adapters=adapters)
@@ -46,6 +46,16 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu", *, ad
         for name, param in model.named_parameters():
             param.copy_(weights.weights(name))
     return model.to(device).eval()
+
+
+def load_language_model(
+    checkpoint: Checkpoint, device: torch.device | str = "cpu", *, adapters: bool = True
+) -> LanguageModel:
+    """As `load_model`. Raises UserError also for a model that predicts no tokens."""
+    model = load_model(checkpoint, device, adapters=adapters)
+    if not isinstance(model, LanguageModel):
+        raise UserError(f"{checkpoint.path} is a {model.config.kind}, which predicts no tokens")
+    return model
 
 
 class MergedWeights(Weights):

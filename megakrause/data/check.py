@@ -36,7 +36,7 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
     else:
         corpus = Corpus.open(prefix, tokenizer, dtype)
         blobs = [blob for shard in corpus.shards for blob in shard.blobs]
-    vocab_size = manifest.tokenizer.vocab_size if manifest else corpus.vocab_size
+    vocab_size = manifest.tokenizer.vocab_size if manifest and manifest.tokenizer else corpus.vocab_size
     prompts = manifest.prompts if manifest else corpus.has_prompts
     tokens_of = {shard.tokens.path: shard for shard in corpus.shards}
     with tqdm(

@@ -62,7 +62,7 @@ def encode_groups(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pending: deque[tuple[list[Part], Future[Encoded]]] = deque()
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker) as pool:
         try:
             for group in groups:
                 pending.append(
@@ -133,7 +133,7 @@ def _encoder(tokenizer: Tokenizer, options: Instructions) -> InstructionEncoder:
     return InstructionEncoder(tokenizer, options)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Requests to end are the parent's to handle, and a worker does not outlive it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all processes
         signal.signal(number, signal.SIG_IGN)

@@ -56,15 +56,24 @@ def describe_dataset(name: str) -> tuple[int, str]:
 def read_dataset(name: str, stamp: str, columns: tuple[str, ...], start: int) -> Iterator[tuple[Any, ...]]:
     """The values of the columns in each row from row `start` on. Raises UserError when there is no such column, or the
     dataset cannot be read, perhaps only today."""
-    dataset = _parse(name)
     try:
-        rows = _open(dataset, stamp)
+        rows = open_dataset(name, stamp)
         missing = [column for column in columns if column not in (rows.column_names or columns)]
         if missing:
             there = ", ".join(map(repr, rows.column_names))
             raise UserError(f"the dataset {name} has no field '{missing[0]}' but {there}")
         for batch in rows.skip(start).select_columns(list(columns)).iter(BATCH):
             yield from zip(*(batch[column] for column in columns), strict=True)
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` and what it builds on raise dozens of types
+        raise _cannot_read(name, error) from error
+
+
+def open_dataset(name: str, stamp: str) -> Any:
+    """The dataset as an IterableDataset. Raises UserError when it cannot be opened, perhaps only today."""
+    try:
+        return _open(_parse(name), stamp)
     except UserError:
         raise
     except Exception as error:  # `datasets` and what it builds on raise dozens of types

@@ -54,6 +54,13 @@ class TokenizerInfo(BaseModel):
         return f"{self.fingerprint} ({self.vocab_size} pieces)"
 
 
+class ImagesInfo(BaseModel):
+    """What a corpus of images remembers. Each document of it is one image: four bytes, the number of its class as a
+    little-endian int32, and then the image's file, as it was or as PNG."""
+
+    classes: list[str]  # their names, by number
+
+
 class FileInfo(BaseModel):
     name: str  # in the manifest's folder
     size: int  # bytes
@@ -69,7 +76,8 @@ class Manifest(BaseModel):
     documents: int
     text_bytes: int | None  # of the text, as UTF-8, that the tokens stand for; None: not known
     block_size: int  # bytes hashed together
-    tokenizer: TokenizerInfo
+    tokenizer: TokenizerInfo | None = None  # of images there is none
+    images: ImagesInfo | None = None
     prompts: bool = False  # some tokens are only read, not learnt from, and stored as -1 - id
     files: list[FileInfo]  # .bin and .idx of each shard, in order
     blocks: list[list[tuple[int, int]]] | None = None  # of each shard (document, token) where blocks begin, and the end
@@ -78,6 +86,7 @@ class Manifest(BaseModel):
     def fingerprint(self) -> str:
         """xxh3-128, hex, of everything but the files' names."""
         excluded: dict[str, Any] = {"files": {"__all__": {"name"}}} | ({} if self.prompts else {"prompts": True})
+        excluded |= {} if self.images else {"images": True}
         content = self.model_dump_json(exclude=excluded)
         return xxhash.xxh3_128_hexdigest(content.encode())
 
@@ -122,6 +131,8 @@ def parse_manifest(path: str, content: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path} is no corpus manifest: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
+    if (manifest.tokenizer is None) == (manifest.images is None):
+        raise UserError(f"{path} is no corpus manifest: it names neither a tokenizer nor classes of images, or both")
     names = [file.name for file in manifest.files]
     shards = [name[:-4] for name in names[::2]]
     if not names or names != [Path(shard).name + kind for shard in shards for kind in (".bin", ".idx")]:
@@ -137,6 +148,8 @@ def parse_manifest(path: str, content: bytes) -> Manifest:
 
 def check_tokenizer(prefix: str | Path, manifest: Manifest, tokenizer: Tokenizer | None) -> None:
     """Raises UserError when the corpus was made with another tokenizer."""
+    if tokenizer and manifest.images:
+        raise UserError(f"{prefix} is a corpus of images, not of text")
     if tokenizer and manifest.tokenizer != TokenizerInfo.of(tokenizer):
         raise UserError(
             f"corpus {prefix} was made with tokenizer {manifest.tokenizer}, "

@@ -9,24 +9,32 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from megakrause.batch import TokenBatch
-from megakrause.data.tokens import TokenWindows
+from megakrause.batch import Batch
 
 T = TypeVar("T")
 CLOSING = 5.0  # seconds that a reader may take to notice that nobody wants more; one that waits for a store is left
 
 
-class Samples(Protocol):
+B = TypeVar("B", bound=Batch, covariant=True)
+
+
+class Samples(Protocol[B]):
     """What batches are made of."""
 
-    def batch(self, samples: np.ndarray) -> TokenBatch:
+    def batch(self, samples: np.ndarray) -> B:
         """Samples [b] counted over epochs from 0; -1: a row of padding."""
         ...
 
 
+class Epoch(Samples[B], Protocol[B]):
+    """Of a known number."""
+
+    def __len__(self) -> int: ...
+
+
 def train_batches(
-    samples: Samples, *, global_batch: int, rank: int, ranks: int, start: int, prefetch: int
-) -> Generator[tuple[TokenBatch, int], None, None]:
+    samples: Samples[B], *, global_batch: int, rank: int, ranks: int, start: int, prefetch: int
+) -> Generator[tuple[B, int], None, None]:
     """Endless global batches from sample `start` on: this rank's rows of each, [b, s] with b = global_batch / ranks,
     and the sample after it, from which the next run goes on.
 
@@ -40,8 +48,8 @@ def train_batches(
 
 
 def _train_batches(
-    samples: Samples, global_batch: int, rank: int, ranks: int, position: int
-) -> Generator[tuple[TokenBatch, int], None, None]:
+    samples: Samples[B], global_batch: int, rank: int, ranks: int, position: int
+) -> Generator[tuple[B, int], None, None]:
     share = global_batch // ranks
     while True:
         mine = position + rank * share + np.arange(share)
@@ -49,7 +57,7 @@ def _train_batches(
         yield samples.batch(mine), position
 
 
-def eval_batches(windows: TokenWindows, *, batch: int, rank: int, ranks: int, limit: int) -> Iterator[TokenBatch]:
+def eval_batches(windows: Epoch[B], *, batch: int, rank: int, ranks: int, limit: int) -> Iterator[B]:
     """This rank's batches [batch, s] of one pass over the first `limit` windows in order (0: all).
 
     Every window stands on one rank in one batch. All ranks have equally many batches; rows beyond the last window are
@@ -60,7 +68,7 @@ def eval_batches(windows: TokenWindows, *, batch: int, rank: int, ranks: int, li
         yield windows.batch(np.where(indices < windows_wanted, indices, -1))
 
 
-def num_eval_batches(windows: TokenWindows, *, batch: int, ranks: int, limit: int) -> int:
+def num_eval_batches(windows: Epoch[B], *, batch: int, ranks: int, limit: int) -> int:
     """How many batches `eval_batches` yields on each rank."""
     return -(-(min(len(windows), limit) if limit else len(windows)) // (batch * ranks))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megakrause.config import RunConfig, SourceConfig
 from megakrause.data.encode import EncodeOptions
+from megakrause.data.images import ImageSamples
 from megakrause.data.inputs import TEXT_SUFFIXES, find_inputs
 from megakrause.data.mixed import MixedWindows
 from megakrause.data.mixture import Mixture, Share
@@ -74,13 +75,34 @@ def train_samples(config: RunConfig, tokenizer: Tokenizer, batches: Batches | No
     return MixedWindows(sources, mixture, config.data.mask_documents, cache)
 
 
+def train_images(config: RunConfig) -> ImageSamples:
+    """What data.train names, of a model of images. Raises UserError."""
+    data = config.data
+    return ImageSamples(
+        data.sources[0].path,
+        config.model,
+        config.augment,
+        seed=config.train.seed,
+        workers=data.workers,
+        cache=_cache(config),
+    )
+
+
+def eval_images(config: RunConfig, prefix: str | None = None, workers: int | None = None) -> ImageSamples | None:
+    """Held-out images in their own order: `prefix`, or data.valid, or None where there is none. Raises UserError."""
+    prefix, workers = prefix or config.data.valid, config.data.workers if workers is None else workers
+    if prefix is None:
+        return None
+    return ImageSamples(prefix, config.model, config.augment, workers=workers, cache=_cache(config))
+
+
 def eval_windows(config: RunConfig, tokenizer: Tokenizer, prefix: str | None = None) -> TokenWindows | None:
     """A held-out corpus in its own order: `prefix`, or data.valid, or None where there is none."""
     prefix = prefix or config.data.valid
     if prefix is None:
         return None
     corpus = Corpus.open(prefix, tokenizer, cache=_cache(config))
-    return TokenWindows(corpus, config.train.seq_len, eos=tokenizer.eos, mask_documents=config.data.mask_documents)
+    return TokenWindows(corpus, config.seq_len, eos=tokenizer.eos, mask_documents=config.data.mask_documents)
 
 
 def _open(
@@ -94,14 +116,14 @@ def _open(
             find_inputs([source.path]),
             tokenizer,
             options,
-            seq_len=train.seq_len,
+            seq_len=config.seq_len,
             seed=train.seed,
             packing=data.packing,
             workers=data.workers,
         )
     return TokenWindows(
         Corpus.open(source.path, tokenizer, source.dtype, cache),
-        train.seq_len,
+        config.seq_len,
         eos=tokenizer.eos,
         mask_documents=data.mask_documents,
         seed=train.seed,

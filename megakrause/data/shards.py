@@ -44,7 +44,7 @@ class Corpus:
     def __init__(self, prefix: str, shards: list[Shard], manifest: Manifest | None) -> None:
         self.prefix = prefix
         self.manifest = manifest
-        self.vocab_size = manifest.tokenizer.vocab_size if manifest else None
+        self.vocab_size = manifest.tokenizer.vocab_size if manifest and manifest.tokenizer else None
         self.has_prompts = manifest is not None and manifest.prompts  # tokens that are only read, as -1 - id
         self.shards = shards
         self.dtype = shards[0].dtype

@@ -23,6 +23,7 @@ from megakrause.data.journal import (
 )
 from megakrause.data.layout import (
     FileInfo,
+    ImagesInfo,
     Manifest,
     TokenizerInfo,
     check_output,
@@ -49,20 +50,25 @@ class CorpusWriter:
     def __init__(
         self,
         prefix: str | Path,
-        tokenizer: TokenizerInfo,
+        content: TokenizerInfo | ImagesInfo,
         *,
         shard_bytes: int = SHARD_BYTES,
+        block_size: int = BLOCK,
         settings: dict[str, Any] | None = None,
         prompts: bool = False,
     ) -> None:
-        """prompts: some tokens are only read (layout.py). settings: JSON that determines every document that will be
+        """content: what the documents are. block_size: bytes that are hashed together, and so read together at first.
+        prompts: some tokens are only read (layout.py). settings: JSON that determines every document that will be
         added. Raises UserError when the folder cannot be written, `prefix` is no name for a corpus, or another process
         is writing this corpus."""
         check_output(prefix)
         self.prefix = Path(prefix)
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.dtype = token_dtype(tokenizer.vocab_size, prompts=prompts)
+        self.content, self.prompts, self._block_size = content, prompts, block_size
+        if isinstance(content, ImagesInfo):
+            self.dtype, self._known = np.dtype(np.uint8), range(256)
+        else:
+            self.dtype = token_dtype(content.vocab_size, prompts=prompts)
+            self._known = range(-content.vocab_size if prompts else 0, content.vocab_size)
         self.num_tokens = self.num_documents = self.text_bytes = 0
         self.progress: dict[str, Any] | None = None
         self.anew: str | None = None
@@ -93,9 +99,8 @@ class CorpusWriter:
     def add(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Appends whole documents: `tokens` [n] of one after the other, their `lengths` [documents], and the size of
         their text as UTF-8."""
-        lowest = -self.tokenizer.vocab_size if self.prompts else 0
-        if len(tokens) and not lowest <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
-            raise ValueError(f"ids {tokens.min()} to {tokens.max()} in a vocabulary of {self.tokenizer.vocab_size}")
+        if len(tokens) and not self._known.start <= tokens.min() <= tokens.max() < self._known.stop:
+            raise ValueError(f"ids {tokens.min()} to {tokens.max()} in a vocabulary of {self._known.stop}")
         ends = np.cumsum(lengths, dtype=np.int64)
         document, start = 0, 0
         while document < len(ends):
@@ -131,7 +136,8 @@ class CorpusWriter:
                     self._finish_shard()
                     if not self.num_tokens:
                         remove_journal(self.prefix)
-                        raise UserError(f"no document has any text: the corpus {self.prefix} would be empty")
+                        what = "no image" if isinstance(self.content, ImagesInfo) else "no document has any text"
+                        raise UserError(f"{what}: the corpus {self.prefix} would be empty")
             except BaseException:
                 self._leave()
                 raise
@@ -164,7 +170,9 @@ class CorpusWriter:
         self.text_bytes = journal.text_bytes
         self._files, self._blocks = journal.files, journal.blocks
         if journal.shard:
-            self._shard = ShardFiles(self._shard_path(len(self._files) // 2), self.dtype, BLOCK, journal.shard)
+            self._shard = ShardFiles(
+                self._shard_path(len(self._files) // 2), self.dtype, self._block_size, journal.shard
+            )
 
     def _write_journal(self, *, finished: bool) -> None:
         journal = Journal(
@@ -184,7 +192,7 @@ class CorpusWriter:
         return self.prefix.with_name(f"{self.prefix.name}-{number:05d}")
 
     def _next_shard(self) -> ShardFiles:
-        self._shard = ShardFiles(self._shard_path(len(self._files) // 2), self.dtype, BLOCK)
+        self._shard = ShardFiles(self._shard_path(len(self._files) // 2), self.dtype, self._block_size)
         return self._shard
 
     def _finish_shard(self) -> None:
@@ -207,9 +215,10 @@ class CorpusWriter:
             dtype=self.dtype.name,
             tokens=self.num_tokens,
             documents=self.num_documents,
-            text_bytes=self.text_bytes,
-            block_size=BLOCK,
-            tokenizer=self.tokenizer,
+            text_bytes=None if isinstance(self.content, ImagesInfo) else self.text_bytes,
+            block_size=self._block_size,
+            tokenizer=None if isinstance(self.content, ImagesInfo) else self.content,
+            images=self.content if isinstance(self.content, ImagesInfo) else None,
             prompts=self.prompts,
             files=[
                 FileInfo(name=path.name, size=info.size, blocks=info.blocks)

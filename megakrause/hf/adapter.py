@@ -24,7 +24,7 @@ from megakrause.hf.config import read_config
 from megakrause.hf.export import compare_logits, has_code, is_code_ours, load_float64, staged
 from megakrause.hf.names import to_hf
 from megakrause.hf.weights import HuggingFaceWeights
-from megakrause.models.build import build_model, whole_shapes
+from megakrause.models.build import build_language_model, whole_shapes
 from megakrause.models.lm import LanguageModel
 from megakrause.models.lora import adapter_names, merge
 
@@ -106,7 +106,7 @@ def _compare(source: Checkpoint, lora: LoraConfig, base: Path, folder: Path) -> 
 
     @torch.no_grad()
     def ours() -> LanguageModel:
-        theirs, model = HuggingFaceWeights(base, config.tie_embeddings), build_model(config)
+        theirs, model = HuggingFaceWeights(base, config.tie_embeddings), build_language_model(config)
         for name, param in model.named_parameters():
             weight, (a, b) = theirs.weights(name), adapter_names(name)
             if a in source.shapes:

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from megakrause.checkpoint.files import flush_folder, tensor_chunks, write_bytes
-from megakrause.checkpoint.model import MergedWeights, load_model, stored_config, stored_tokenizer
+from megakrause.checkpoint.model import MergedWeights, load_language_model, stored_config, stored_tokenizer
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint
 from megakrause.checkpoint.weights import Weights
 from megakrause.config import ModelConfig, RunConfig
@@ -68,7 +68,7 @@ def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32, *, ad
 
         @torch.no_grad()
         def ours() -> LanguageModel:
-            model = load_model(source, adapters=adapters)
+            model = load_language_model(source, adapters=adapters)
             for param in model.parameters():
                 param.copy_(param.to(dtype))
             return model
@@ -116,9 +116,9 @@ def _write(source: Checkpoint, folder: Path, dtype: torch.dtype, adapters: bool)
 def max_length(config: RunConfig) -> int:
     """Tokens that the model can read at once: its table of positions, or what its softmax layers were trained on."""
     if config.model.positions == "learned":
-        assert config.model.max_positions is not None
-        return config.model.max_positions
-    return config.train.seq_len if None in config.model.window_of_layers else LONGEST
+        assert config.model.num_positions is not None
+        return config.model.num_positions
+    return config.seq_len if None in config.model.window_of_layers else LONGEST
 
 
 def hf_config(

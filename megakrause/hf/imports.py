@@ -14,7 +14,7 @@ from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.weights import Weights
 from megakrause.checkpoint.write import Retention, Snapshot, save_checkpoint
 from megakrause.config import ModelConfig, RunConfig
-from megakrause.config_file import parse_config
+from megakrause.config.file import parse_config
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.errors import UserError
 from megakrause.hf.config import read_config

@@ -1,4 +1,4 @@
-"""Self-attention with either core, and the caches that let it go on from where it stopped.
+"""Self-attention around any core, and the caches that let it go on from where it stopped.
 
 Shapes: b batch, s new positions, s_k key positions, e width, h query heads, d head size.
 """
@@ -12,12 +12,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megakrause.config import CoreKind, ModelConfig
 from megakrause.models.init import constant, normal
 from megakrause.models.layout import Layout
 from megakrause.models.norm import RMSNorm
 from megakrause.ops.feature_dropout import Noise
+from megakrause.ops.grid import Grid
 from megakrause.ops.krause import krause_attention
 from megakrause.ops.krause_decode import KeyRing, krause_decode
 from megakrause.ops.rotary import apply_rotary
@@ -25,7 +27,7 @@ from megakrause.ops.softmax import causal_mask, softmax_attention
 from megakrause.parallel.collectives import copy
 from megakrause.parallel.context import heads_for_positions, positions_for_heads, with_halo
 from megakrause.parallel.linear import ColumnParallelLinear, PartOfWholeLinear, RowParallelLinear, sharded
-from megakrause.parallel.mesh import Axis
+from megakrause.parallel.mesh import ALONE, Axis
 
 
 class GrowingCache:
@@ -104,6 +106,8 @@ class Sequence:
 
 
 class KrauseCore(nn.Module):
+    """Over a window."""
+
     def __init__(self, config: ModelConfig, layout: Layout):
         super().__init__()
         assert config.window is not None
@@ -172,22 +176,61 @@ class SoftmaxCore(nn.Module):
         return GrowingCache() if self.window is None else WindowCache(self.window)
 
 
+def causal_core(config: ModelConfig, kind: CoreKind, layout: Layout) -> Core:
+    if kind == "krause":
+        return KrauseCore(config, layout)
+    return SoftmaxCore(config.window if kind == "softmax_window" else None, layout)
+
+
+class GridKrauseCore(nn.Module):
+    """Over the neighbourhood on a grid of patches, which every rank has whole."""
+
+    def __init__(self, config: ModelConfig, layer: int, layout: Layout):
+        super().__init__()
+        self.grid = Grid(*config.patches, config.radius, config.metric, config.pooling == "cls")
+        self.top_k, self.layout, self.shared = config.top_k_of_layers[layer], layout, config.shared_sigma
+        axis = ALONE if config.shared_sigma else layout.tp.axis
+        log_sigma = sharded(axis, (1 if config.shared_sigma else config.heads,), 0)
+        self.log_sigma = constant(log_sigma, math.log(config.sigma))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            log_sigma = copy(self.log_sigma, self.layout.tp.axis) if self.shared else self.log_sigma
+            return krause_attention(q, k, v, log_sigma, grid=self.grid, top_k=self.top_k, backend=self.layout.backend)
+
+        return self.layout.run("selective", attend, q, k, v)
+
+
+class GridSoftmaxCore(nn.Module):
+    """Every patch sees every other."""
+
+    def __init__(self, layout: Layout):
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # b h s d
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        return self.layout.run("selective", attend, q, k, v)
+
+
+Core = KrauseCore | SoftmaxCore | GridKrauseCore | GridSoftmaxCore
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245) around a core of the layer's kind."""
 
-    def __init__(self, config: ModelConfig, kind: CoreKind, layout: Layout):
+    def __init__(self, config: ModelConfig, core: Core, layout: Layout):
         """Each rank works on its share of the query heads and the key/value heads that these need."""
         super().__init__()
         width, d, axis = config.width, config.head_size, layout.tp.axis
-        self.tp, self.head_size = layout.tp, d
-        self.core: KrauseCore | SoftmaxCore
-        if kind == "krause":
-            self.core = KrauseCore(config, layout)
-        else:
-            self.core = SoftmaxCore(config.window if kind == "softmax_window" else None, layout)
+        self.tp, self.head_size, self.core = layout.tp, d, core
         self.query = marked(ColumnParallelLinear(width, config.heads * d, axis, bias=config.qkv_bias), config.init_std)
         self.key, self.value = (marked(self._key_value(config, axis), config.init_std) for _ in range(2))
-        self.output = marked(RowParallelLinear(config.heads * d, width, axis), config.deep_init_std)
+        output = RowParallelLinear(config.heads * d, width, axis, bias=config.bias)
+        self.output = marked(output, config.deep_init_std)
         self.query_norm, self.key_norm = (
             RMSNorm(d, config.norm_eps, partial(copy, axis=axis)) if config.qk_norm else None for _ in range(2)
         )
@@ -201,10 +244,10 @@ class SelfAttention(nn.Module):
         return PartOfWholeLinear(config.width, outputs, axis, range(head * d, (head + 1) * d), bias=config.qkv_bias)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: Cache | None = None) -> Tensor:
-        return self.tp.leave(self.term(self.tp.enter(x, sequence.length), sequence, cache))
+        return self.output.sum(self.term(self.tp.enter(x, sequence.length), sequence, cache), self.tp)
 
     def term(self, x: Tensor, sequence: Sequence, cache: Cache | None) -> Tensor:
-        """This rank's term of the output, for `TensorParallel.leave`, from what `enter` gave."""
+        """This rank's term of the output, without its bias, from what `enter` gave."""
         projected = (f(x, sequence.noise) for f in (self.query, self.key, self.value))
         q, k, v = (y.unflatten(-1, (-1, self.head_size)) for y in projected)  # b s h d
         if self.query_norm is not None and self.key_norm is not None:
@@ -214,6 +257,8 @@ class SelfAttention(nn.Module):
         return self.output(self.core(q, k, v, sequence, cache).flatten(-2), sequence.noise)
 
     def new_cache(self) -> Cache:
+        """Of an attention that looks back only."""
+        assert isinstance(self.core, KrauseCore | SoftmaxCore)
         return self.core.new_cache()
 
 

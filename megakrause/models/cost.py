@@ -89,10 +89,10 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
     # A rank in the middle of the axis sends and receives most.
     tp, cp = (AbsentAxis(size // 2, size, None) for size in (parallel.tp, parallel.cp))
     layout = Layout(TensorParallel(tp, parallel.sequence_parallel), cp)
-    length = config.train.seq_len // cp.size
+    length = config.seq_len // cp.size
     with FakeTensorMode(), _default_dtype(dtype):
         positions = torch.arange(cp.rank * length, (cp.rank + 1) * length)
-        documents = torch.zeros(1, config.train.seq_len, dtype=torch.int32) if config.data.mask_documents else None
+        documents = torch.zeros(1, config.seq_len, dtype=torch.int32) if config.data.mask_documents else None
         rotary = (
             rotary_angles(positions, model.head_size, model.rope_theta, model.rope_scaling)
             if model.positions == "rope"
@@ -114,7 +114,7 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
             window, kind = model.window_of_layers[layer], model.attention_of_layers[layer]
             kernels = [(model.window or 0, model.top_k)] if kind in ("krause", "dual") else []
             if kind != "krause":
-                kernels.append((window or config.train.seq_len, None))
+                kernels.append((window or config.seq_len, None))
             q = torch.empty(1, 1, 1, model.head_size)
             takes = gpu and all(triton_refuses(q, keys, None, top_k) is None for keys, top_k in kernels)
             here = replace(layout, backend="triton" if takes else "auto")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakrause.config import ModelConfig
-from megakrause.models.attention import Cache, SelfAttention, Sequence
+from megakrause.models.attention import Cache, SelfAttention, Sequence, causal_core
 from megakrause.models.init import constant, normal
 from megakrause.models.layout import Layout
 from megakrause.parallel.linear import TensorParallel
@@ -33,8 +33,8 @@ class DualAttention(SelfAttention):
     The softmax branch's parameters have the names that they have in a model without the other branch."""
 
     def __init__(self, config: ModelConfig, layout: Layout):
-        super().__init__(config, "softmax", layout)
-        self.krause = SelfAttention(config, "krause", layout)
+        super().__init__(config, causal_core(config, "softmax", layout), layout)
+        self.krause = SelfAttention(config, causal_core(config, "krause", layout), layout)
         self.gate = Gate(config.width, layout.tp)
 
     def forward(self, x: Tensor, sequence: Sequence, cache: DualCache | None = None) -> Tensor:  # type: ignore[override]
@@ -44,7 +44,7 @@ class DualAttention(SelfAttention):
         return self.gate(self.tp.leave(torch.cat([softmax, krause], dim=-1)))  # the ranks sum both at once
 
     def new_cache(self) -> DualCache:  # type: ignore[override]
-        return DualCache(self.core.new_cache(), self.krause.new_cache())
+        return DualCache(super().new_cache(), self.krause.new_cache())
 
 
 class Gate(nn.Module):

@@ -1,4 +1,4 @@
-"""The decoder language model: an embedding, blocks and a head, each a layer that a pipeline can cut between."""
+"""The decoder: of text, or of the pixel values of images, one after the other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
 from megakrause.models.attention import Sequence, marked
-from megakrause.models.block import Block, LayerCache
+from megakrause.models.block import LayerCache
 from megakrause.models.init import normal
 from megakrause.models.layout import Layout
 from megakrause.models.lora import prepare
-from megakrause.models.norm import RMSNorm
+from megakrause.models.norm import build_norm
+from megakrause.models.transformer import Transformer, drop_embedding
 from megakrause.ops.feature_dropout import Noise
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import ColumnParallelLinear, TensorParallel
@@ -36,8 +37,8 @@ class Embedding(nn.Module):
         normal(self.tokens.weight, config.init_std)
         self.positions: nn.Embedding | None = None
         if config.positions == "learned":
-            assert config.max_positions is not None
-            self.positions = nn.Embedding(config.max_positions, config.width)
+            assert config.num_positions is not None
+            self.positions = nn.Embedding(config.num_positions, config.width)
             normal(self.positions.weight, config.init_std)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -53,35 +54,33 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, tp: TensorParallel):
         super().__init__()
         self.tp = tp
-        self.norm = RMSNorm(config.width, config.norm_eps, tp.whole)
-        self.output = marked(ColumnParallelLinear(config.width, vocab_size, tp.axis), config.init_std)
+        self.norm = build_norm(config, tp.whole)
+        output = ColumnParallelLinear(config.width, vocab_size, tp.axis, bias=config.bias)
+        self.output = marked(output, config.init_std)
 
     def forward(self, x: Tensor, length: int) -> Tensor:
         return self.output(self.tp.enter(self.norm(x), length))  # b s v/tp
 
 
-class LanguageModel(nn.Module):
-    """Logits of the next token. Parameters are uninitialized until `initialize` or a checkpoint fills them.
+class LanguageModel(Transformer):
+    """Logits of the next token."""
 
-    A pipeline stage has the embedding only if it is the first, the head only if it is the last, and its own blocks,
-    by the names that they have in the whole model."""
+    embedding: Embedding | None
+    head: Head | None
 
     def __init__(self, config: ModelConfig, layout: Layout | None = None):
         """layout: how it is cut over ranks; None: not. Raises UserError without a vocab_size."""
-        super().__init__()
         layout = layout or Layout()
         if config.vocab_size is None:
             raise UserError("model.vocab_size is missing; set it, or build the model with its tokenizer")
-        self.config, self.layout = config, layout
-        self.embedding = Embedding(config, config.vocab_size, layout) if layout.is_first else None
-        self.blocks = nn.ModuleDict({str(layer): Block(config, layer, layout) for layer in layout.layers(config)})
-        self.head = Head(config, config.vocab_size, layout.tp) if layout.is_last else None
+        embedding = Embedding(config, config.vocab_size, layout) if layout.is_first else None
+        head = Head(config, config.vocab_size, layout.tp) if layout.is_last else None
+        super().__init__(config, layout, embedding, head)
         if config.tie_embeddings and self.head is not None:
             if self.embedding is not None:
                 self.head.output.weight = self.embedding.tokens.weight
             else:
                 self.head.output.weight.copy_of = "embedding.tokens.weight"  # type: ignore[attr-defined]
-
         if config.lora is not None:
             prepare(self)
 
@@ -102,7 +101,7 @@ class LanguageModel(nn.Module):
         mode, nothing is dropped. Raises UserError when learned positions run out."""
         s = length or x.shape[1]
         start = self.layout.cp.rank * s if cache is None else cache.position
-        limit = self.config.max_positions
+        limit = self.config.num_positions
         if self.config.positions == "learned" and limit is not None and start + s > limit:
             raise UserError(
                 f"{start + s} positions are more than the learned ones; use at most model.max_positions = {limit}"
@@ -116,13 +115,12 @@ class LanguageModel(nn.Module):
         noise = Noise(seeds, start) if seeds is not None and self.training else None
         sequence = Sequence(start, s, rotary, doc_start, noise)
         if self.embedding is not None:
-            x = self.embedding(x, positions)
-        for i, block in enumerate(self.blocks.values()):
-            x = self.layout.run("full", block, x, sequence) if cache is None else block(x, sequence, cache.layers[i])
+            x = drop_embedding(self.embedding(x, positions), self.config, sequence, self.layout.tp)
+        x = self.run_blocks(x, sequence, None if cache is None else cache.layers)
         if cache is not None:
             cache.position += s
         return x if self.head is None else self.head(x, s)
 
     def new_cache(self) -> ModelCache:
         """An empty cache: `window` entries for a layer that has one, as many as there are positions for the others."""
-        return ModelCache([block.new_cache() for block in self.blocks.values()])  # type: ignore[operator]
+        return ModelCache([block.new_cache() for block in self.layers])

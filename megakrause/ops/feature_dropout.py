@@ -31,10 +31,22 @@ class Noise:
     def drop(self, x: Tensor, layer: int, first: int, dropout: float) -> Tensor:
         """x [b, s, e], features `first` and following of all, with a share `dropout` of them zero and the others
         divided by 1 - dropout. layer: any 32-bit number that others do not have."""
-        rows = _mix(_mix((self.seeds ^ layer) & LOW) ^ ((self.seeds >> 32) & LOW))
         positions = torch.arange(self.start, self.start + x.shape[1], device=x.device)
-        keys = _mix((rows[:, None] + positions * POSITION) & LOW)  # b s
+        keys = _mix((self._rows(layer)[:, None] + positions * POSITION) & LOW)  # b s
         return _Dropout.apply(x, keys, first, dropout)
+
+    def drop_sequences(self, x: Tensor, layer: int, dropout: float) -> Tensor:
+        """x [b, s, e] with a share `dropout` of the sequences zero and the others divided by 1 - dropout."""
+        keep = _mix(self._rows(layer)) >= _threshold(dropout)
+        return x * (keep / (1 - dropout)).to(x.dtype)[:, None, None]
+
+    def at(self, positions: slice) -> Noise:
+        """For some of the positions."""
+        return Noise(self.seeds, self.start + positions.start)
+
+    def _rows(self, layer: int) -> Tensor:
+        """int64 [b], a number below 2^32 for each sequence."""
+        return _mix(_mix((self.seeds ^ layer) & LOW) ^ ((self.seeds >> 32) & LOW))
 
 
 def kept(keys: Tensor, first: int, features: int, dropout: float) -> Tensor:

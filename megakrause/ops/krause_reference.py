@@ -24,9 +24,29 @@ def krause_reference(
 ) -> Tensor:  # [b, s, h, d]
     b, s, h, _ = q.shape
     s_k, group = k.shape[1], h // k.shape[2]
+    p = krause_weights(q, k, log_sigma, window=window, grid=grid, top_k=top_k, doc_start=doc_start)
+    if dropout > 0:
+        assert seed is not None
+        heads = torch.arange(b * h, device=q.device).view(b, h, 1, 1)
+        queries = torch.arange(s_k - s, s_k, device=q.device)[:, None]
+        p = p * keep_mask(seed, heads, queries, torch.arange(s_k, device=q.device), dropout) / (1 - dropout)
+    return torch.einsum("bhij,bjhd->bihd", p, v.to(p.dtype).repeat_interleave(group, dim=2)).to(q.dtype)
+
+
+def krause_weights(
+    q: Tensor,  # [b, s, h, d]
+    k: Tensor,  # [b, s_k, h_kv, d]
+    log_sigma: Tensor,  # [h] or [1]
+    *,
+    window: int | None,
+    grid: Grid | None,
+    top_k: int | None,
+    doc_start: Tensor | None = None,
+) -> Tensor:  # [b, h, s, s_k], float32 or float64
+    """p(i, j) of `krause_attention`'s definition."""
+    s, s_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    qc, kc, vc = q.to(compute), k.to(compute), v.to(compute)
-    kc, vc = (x.repeat_interleave(group, dim=2) for x in (kc, vc))  # b s_k h d
+    qc, kc = q.to(compute), k.to(compute).repeat_interleave(group, dim=2)  # b s h d
 
     z = torch.einsum("bihd,bjhd->bhij", qc, kc) - kc.square().sum(-1).mT[:, :, None, :] / 2  # b h s s_k
     seen = visible(s, s_k, window, grid, doc_start, q.device)[:, None]  # b 1 s s_k
@@ -38,13 +58,7 @@ def krause_reference(
 
     # Dividing before masking, with a finite floor, keeps the gradient of log_sigma and of empty rows free of NaN.
     scores = z / torch.exp(2 * log_sigma.to(compute))[:, None, None]
-    p = torch.softmax(scores.masked_fill(~keep, torch.finfo(compute).min), dim=-1) * keep
-    if dropout > 0:
-        assert seed is not None
-        heads = torch.arange(b * h, device=q.device).view(b, h, 1, 1)
-        queries = torch.arange(s_k - s, s_k, device=q.device)[:, None]
-        p = p * keep_mask(seed, heads, queries, torch.arange(s_k, device=q.device), dropout) / (1 - dropout)
-    return torch.einsum("bhij,bjhd->bihd", p, vc).to(q.dtype)
+    return torch.softmax(scores.masked_fill(~keep, torch.finfo(compute).min), dim=-1) * keep
 
 
 def visible(

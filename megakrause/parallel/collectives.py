@@ -7,11 +7,12 @@
 | gather         | all shares, along a dim      | reduce_scatter |
 | reduce_scatter | sum, of which each its share | gather         |
 | scatter        | each its share               | all shares     |
+| collect        | all shares, along a dim      | each its share |
 
 They work on one rank each of an `Axis`, all ranks in the same order. What is the same on every rank before `copy` and
-after `reduce` and `gather` has the same gradient on every rank; `scatter` opens a sequence-parallel region, where each
-rank has its share of the positions (Korthikanti et al., arXiv 2205.05198). Dims are shared as evenly as they can be
-(`Axis.share`), so they need not be multiples of the axis.
+after `reduce`, `gather` and `collect` has the same gradient on every rank; `scatter` opens a sequence-parallel region,
+where each rank has its share of the positions (Korthikanti et al., arXiv 2205.05198). Dims are shared as evenly as they
+can be (`Axis.share`), so they need not be multiples of the axis.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's share along `dim` of an x that is the same on every rank; so is its gradient."""
     return x if axis.size == 1 else _Scatter.apply(x, axis, dim)
+
+
+def collect(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
+    """All ranks' shares of a dim of size `total`, on every rank, all of which do the same with them."""
+    return x if axis.size == 1 else _Collect.apply(x, axis, dim, total)
 
 
 class _Copy(torch.autograd.Function):
@@ -103,6 +109,18 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _all_shares(grad, ctx.axis, ctx.dim, ctx.total), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return _all_shares(x, axis, dim, total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        share = ctx.axis.share(grad.shape[ctx.dim])
+        return grad.narrow(ctx.dim, share.start, len(share)).contiguous(), None, None, None
 
 
 def _all_shares(x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:

@@ -66,16 +66,21 @@ class ColumnParallelLinear(AdaptableLinear):
 
 
 class RowParallelLinear(AdaptableLinear):
-    """y = x W^T, where each rank has its share of the input features."""
+    """y = x W^T + b, where each rank has its share of the input features."""
 
-    def __init__(self, inputs: int, outputs: int, axis: Axis):
+    def __init__(self, inputs: int, outputs: int, axis: Axis, *, bias: bool = False):
         super().__init__()
         self.weight = sharded(axis, (outputs, inputs), 1)
-        self.bias = None
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """x: this rank's share, [b, s, inputs / tp]. Returns its term of y [b, s, outputs]: `TensorParallel.leave`."""
+        """x: this rank's share, [b, s, inputs / tp]. Returns its term of y - b, [b, s, outputs]: see `sum`."""
         return self._adapted(x, F.linear(x, self.weight), noise)
+
+    def sum(self, term: Tensor, tp: TensorParallel) -> Tensor:
+        """y, or its share of the positions, from the ranks' terms."""
+        y = tp.leave(term)
+        return y if self.bias is None else y + tp.whole(self.bias)
 
 
 class PartOfWholeLinear(AdaptableLinear):

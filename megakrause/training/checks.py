@@ -8,13 +8,15 @@ from pathlib import Path
 from megakrause.checkpoint.model import stored_config
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.config import RunConfig
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
+from megakrause.data.images import ImageSamples
 from megakrause.data.mixed import MixedWindows, describe_past
 from megakrause.data.tokenizer import Tokenizer
 from megakrause.data.tokens import TokenWindows
 from megakrause.errors import UserError
 from megakrause.parallel.mesh import Mesh
 
+AnySamples = MixedWindows | ImageSamples
 ORDER_KEYS = ("mask_documents", "packing", "shuffle_blocks")  # of data: with them the samples change
 
 
@@ -29,7 +31,9 @@ def check_alike(config: RunConfig, mesh: Mesh) -> None:
                 )
 
 
-def check_same_data(config: RunConfig, samples: MixedWindows, valid: TokenWindows | None, mesh: Mesh) -> None:
+def check_same_data(
+    config: RunConfig, samples: MixedWindows | ImageSamples, valid: TokenWindows | ImageSamples | None, mesh: Mesh
+) -> None:
     """Raises UserError on every rank when they read different data."""
     mine = {name: fingerprint for fingerprint, name in samples.names.items()}
     if valid is not None:
@@ -40,18 +44,21 @@ def check_same_data(config: RunConfig, samples: MixedWindows, valid: TokenWindow
                 raise UserError(f"{name} is not the same on rank {rank} as on rank 0; copy it again", everywhere=True)
 
 
-def check_same_run(checkpoint: Checkpoint, config: RunConfig, samples: MixedWindows, tokenizer: Tokenizer) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, config: RunConfig, samples: MixedWindows | ImageSamples, tokenizer: Tokenizer | None
+) -> None:
     """Raises UserError when the checkpoint is of another model or another order of the data."""
     saved, state, path = stored_config(checkpoint), checkpoint.state, checkpoint.path
     # Frozen weights have no fp32 master weights: in another precision, they would be rounded for good.
     precisions = [("train.precision", saved.train.precision, config.train.precision)] if saved.model.lora else []
     for key, before, after in [
         *((f"model.{k}", v, getattr(config.model, k)) for k, v in saved.model),
-        ("train.seq_len", saved.train.seq_len, config.train.seq_len),
+        ("train.seq_len", saved.seq_len, config.seq_len),
         ("train.seed", saved.train.seed, config.train.seed),
         *precisions,
         *((f"data.{k}", getattr(saved.data, k), getattr(config.data, k)) for k in ORDER_KEYS),
-        ("the tokenizer's hash", state["tokenizer"], tokenizer.fingerprint),
+        *((f"augment.{k}", v, getattr(config.augment, k)) for k, v in saved.augment),
+        ("the tokenizer's hash", state["tokenizer"], tokenizer.fingerprint if tokenizer else ""),
     ]:
         if before != after:
             raise UserError(

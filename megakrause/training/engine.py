@@ -12,34 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakrause.batch import TokenBatch
+from megakrause.batch import Batch
 from megakrause.checkpoint.fragment import Fragment
 from megakrause.checkpoint.read import Checkpoint
 from megakrause.checkpoint.weights import Weights
 from megakrause.config import RunConfig
-from megakrause.models.build import count_parameters
+from megakrause.models.build import Model, count_parameters
 from megakrause.models.cost import LIVE_PARAMETERS, REDUCE_BUCKET
 from megakrause.models.init import whole_names
 from megakrause.models.lm import LanguageModel
-from megakrause.ops.cross_entropy import cross_entropy_sum
+from megakrause.models.objective import build_objective
+from megakrause.models.sample import Step
+from megakrause.parallel.collectives import collect
 from megakrause.parallel.mesh import Mesh
-from megakrause.parallel.vocab import vocab_parallel_cross_entropy_sum
 from megakrause.training.extensions import prepare_extensions
 from megakrause.training.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: float  # nats per token over the global batch
+    loss: float  # nats per token, or image, over the global batch
     grad_norm: float  # of all gradients, before clipping
-    tokens: int  # that were learnt from, over the global batch
+    tokens: int  # or images, that were learnt from, over the global batch
     applied: bool  # False: skipped, a gradient was not finite
 
 
 class Engine:
     """A model in training on this process's share of the mesh."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, mesh: Mesh):
+    def __init__(self, model: Model, config: RunConfig, mesh: Mesh):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of names it calls
         prepare_extensions()
@@ -48,12 +49,10 @@ class Engine:
         from megakrause.training import engine_state, pipeline
 
         self.mesh, self.layout = mesh, model.layout
-        assert model.config.vocab_size is not None
-        self.vocab_size = model.config.vocab_size
-        lora = model.config.lora
-        self._dropout_seed = (config.train.seed & 0x7FFFFFFF) << 32 if lora is not None and lora.dropout > 0 else None
+        self._objective = build_objective(model.config, mesh.tp)
+        self._dropout_seed = (config.train.seed & 0x7FFFFFFF) << 32 if model.config.has_dropout else None
         self.micro_batch, self.accumulation = config.accumulation(mesh.dp.size)
-        length = config.train.seq_len // mesh.cp.size
+        length = config.seq_len // mesh.cp.size
         self._positions = slice(mesh.cp.rank * length, (mesh.cp.rank + 1) * length)
         # DeepSpeed neither measures nor clips the plain gradients of fp32 without ZeRO, and those of a pipeline by a
         # wrong norm, so that is done here.
@@ -72,7 +71,7 @@ class Engine:
         for param in model.parameters():  # by which DeepSpeed's norm knows what to count on every rank
             param.tensor_model_parallel = hasattr(param, "shard")  # type: ignore[attr-defined]
         deepspeed.init_distributed(verbose=False)
-        self._module: LanguageModel | pipeline.Pipeline = model
+        self._module: Model | pipeline.Pipeline = model
         if mesh.pp.size > 1:
             self._module = pipeline.Pipeline(model, mesh, length, self._pipeline_loss)
         # Tensor-parallel ranks send a stage's output in parts of one tensor, unless each has positions of its own.
@@ -102,9 +101,10 @@ class Engine:
         )
         self._state = engine_state
         self._scale = torch.ones((), device=mesh.device)  # of the sum of losses that is differentiated
-        self._total = torch.zeros((), dtype=torch.float64, device=mesh.device)  # of the losses of a batch here
+        # Of a batch here: what the objective sums up.
+        self._total = torch.zeros(len(self._objective.names), dtype=torch.float64, device=mesh.device)
 
-    def train_step(self, batch: TokenBatch, lr: float) -> StepResult:
+    def train_step(self, batch: Batch, lr: float) -> StepResult:
         """One optimizer step on this rank's rows of the global batch. The loss is the mean over the tokens of all ranks
         and micro-batches, whatever masks hide."""
         data, pp = self.mesh.data, self.mesh.pp
@@ -125,18 +125,19 @@ class Engine:
         else:
             self._engine.train()
             for rows in micro_batches:
-                logits = self._engine(rows.tokens, rows.doc_start, seeds=self._seeds(rows))
+                logits = self._engine(*rows.inputs, seeds=self._seeds(rows))
                 loss = self._loss_sum(logits, rows.targets, rows.loss_mask)
                 self._engine.backward(loss * self._scale, scale_wrt_gas=False)
                 self._engine.step()
         if not self._plain:
             self._norm, self._applied = float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
-        mean = float(pp.sum(data.sum(self._total.clone()))) / max(1, int(tokens))
+        mean = float(pp.sum(data.sum(self._total[0].clone()))) / max(1, int(tokens))
         return StepResult(mean, self._norm, int(tokens), self._applied)
 
     @torch.no_grad()
-    def evaluate_step(self, batch: TokenBatch) -> tuple[float, int]:
-        """(sum of nats, tokens) of this rank's batch. All ranks must call it equally often (ZeRO-3 gathers weights)."""
+    def evaluate_step(self, batch: Batch) -> tuple[list[float], int]:
+        """(the objective's sums, tokens or images) of this rank's batch. All ranks must call it equally often (ZeRO-3
+        gathers weights)."""
         batch = batch.at(self._positions).to(self.mesh.device)
         self._total.zero_()
         if self.mesh.pp.size > 1:
@@ -144,26 +145,33 @@ class Engine:
             self._engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=1)
         else:
             self._engine.eval()
-            self._loss_sum(self._engine(batch.tokens, batch.doc_start), batch.targets, batch.loss_mask)
-        return float(self.mesh.pp.sum(self._total.clone())), int(batch.loss_mask.sum())
+            self._loss_sum(self._engine(*batch.inputs), batch.targets, batch.loss_mask)
+        return self.mesh.pp.sum(self._total.clone()).tolist(), int(batch.loss_mask.sum())
+
+    def drawing(self) -> Step | None:
+        """The model as what goes on from an empty cache, for all ranks to call alike; None where it is cut into stages
+        or positions."""
+        if self.mesh.pp.size > 1 or self.mesh.cp.size > 1 or not isinstance(self._module, LanguageModel):
+            return None
+        self._engine.eval()
+        cache, tp, size = self._module.new_cache(), self.mesh.tp, self._module.config.vocab_size
+        assert size is not None
+        return lambda tokens: collect(self._engine(tokens, cache=cache), tp, -1, size)
 
     def _loss_sum(self, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """The sum over tokens, also added to the batch's."""
-        tp = self.mesh.tp
-        if tp.size > 1:
-            loss = vocab_parallel_cross_entropy_sum(logits, targets, mask, tp, self.vocab_size)
-        else:
-            loss = cross_entropy_sum(logits, targets, mask)
-        self._total += loss.detach()
-        return loss
+        """The sum of the loss; all of the objective's are also added to the batch's."""
+        sums = self._objective.sums(logits, targets, mask)
+        self._total += sums.detach()
+        return sums[0]
 
-    def _seeds(self, batch: TokenBatch) -> Tensor | None:
+    def _seeds(self, batch: Batch) -> Tensor | None:
         """Of dropout, int64 [b]: the run's seed in the high bits, the number of the sequence in the low ones. Also in
         evaluation, where nothing is dropped: pipeline stages always wait for tensors of the same shapes."""
         if self._dropout_seed is None:
             return None
-        numbers = torch.zeros(len(batch.tokens), dtype=torch.int64) if batch.numbers is None else batch.numbers
-        return (numbers + self._dropout_seed).to(batch.tokens.device)
+        x = batch.inputs[0]
+        numbers = torch.zeros(len(x), dtype=torch.int64) if batch.numbers is None else batch.numbers
+        return (numbers + self._dropout_seed).to(x.device)
 
     def _pipeline_loss(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         return self._loss_sum(logits, *labels) * self._scale
@@ -205,7 +213,7 @@ class Engine:
         self._state.load_weights(self._engine, weights.read, weights.shapes)
 
 
-def _for_pipeline(batch: TokenBatch, seeds: Tensor | None) -> tuple[Any, tuple[Tensor, Tensor]]:
+def _for_pipeline(batch: Batch, seeds: Tensor | None) -> tuple[Any, tuple[Tensor, Tensor]]:
     """(input of the first stage, what the last one's loss needs)."""
-    others = tuple(x for x in (batch.doc_start, seeds) if x is not None)
-    return (batch.tokens, *others) if others else batch.tokens, (batch.targets, batch.loss_mask)
+    inputs = batch.inputs if seeds is None else (*batch.inputs, seeds)
+    return inputs if len(inputs) > 1 else inputs[0], (batch.targets, batch.loss_mask)

@@ -12,11 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megakrause.batch import TokenBatch
+from megakrause.batch import Batch
 from megakrause.checkpoint.files import make_folder, write_bytes
 from megakrause.checkpoint.model import StartingWeights, check_same_model
 from megakrause.checkpoint.place import Place
@@ -24,14 +25,18 @@ from megakrause.checkpoint.read import Checkpoint, newest_checkpoint
 from megakrause.checkpoint.saver import Saver
 from megakrause.checkpoint.write import Retention, Snapshot
 from megakrause.config import RunConfig
+from megakrause.data.images import ImageSamples
 from megakrause.data.loader import eval_batches, num_eval_batches, train_batches
 from megakrause.data.mixed import MixedWindows
-from megakrause.data.open import Batches, eval_windows, train_samples
+from megakrause.data.open import Batches, eval_images, eval_windows, train_images, train_samples
 from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.tokens import TokenWindows
 from megakrause.errors import Stopped, UserError
 from megakrause.hf.weights import find_model, find_weights
-from megakrause.models.build import build_model, flops_per_token, trained_shapes, whole_shapes
+from megakrause.models.build import build_model, trained_shapes, whole_shapes
+from megakrause.models.flops import flops_per_unit
 from megakrause.models.layout import Layout
+from megakrause.models.pictures import draw, grid, upper_half
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.checks import check_alike, check_nothing_saved, check_same_data, check_same_run, resolve
 from megakrause.training.engine import Engine
@@ -64,14 +69,17 @@ class Trainer:
         # 1. Whatever can be refused is refused before anything is written.
         check_alike(config, mesh)
         mesh.world.together(lambda: config.accumulation(mesh.dp.size))
-        self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.data.tokenizer))
-        self.config = config = resolve(config, self.tokenizer.vocab_size)
+        self.tokenizer: Tokenizer | None = None  # of images there is none
+        if config.model.kind == "lm":
+            self.tokenizer = mesh.world.together(lambda: Tokenizer.load(config.tokenizer))
+            config = resolve(config, self.tokenizer.vocab_size)
+        self.config = config
         self.place = mesh.world.together(lambda: Place.of(config.checkpoint.folder or self.output / "checkpoints"))
         self.damaged: set[int] = set()  # steps whose checkpoints do not verify
         checkpoint = self._find_checkpoint()
         self.samples, self.batches = self._open_data(checkpoint)
-        self.valid_windows = mesh.world.together(lambda: eval_windows(config, self.tokenizer))
-        check_same_data(config, self.samples, self.valid_windows, mesh)
+        self.valid = mesh.world.together(self._open_valid)
+        check_same_data(config, self.samples, self.valid, mesh)
         if checkpoint is not None:
             check_same_run(checkpoint, config, self.samples, self.tokenizer)
         self.parameters = sum(map(math.prod, whole_shapes(config.model).values()))
@@ -106,11 +114,13 @@ class Trainer:
         for line in self.samples.describe(self.position, (steps - self.step) * config.train.global_batch):
             self._say(line)
         what = f"{self.parameters / 1e6:.2f} M parameters"
+        unit = config.model.unit
+        each = f" {unit}s" if unit == "image" else f" x {config.seq_len} {unit}s"
         if self.trained < self.parameters:
             what = f"{self.trained / 1e6:.3f} M of {what} ({self.trained / self.parameters:.2%})"
         self._say(
             f"training {what} on {mesh.world.size} x {mesh.device.type}, "
-            f"{config.train.global_batch} x {config.train.seq_len} tokens a step, steps {self.step + 1} to {steps}"
+            f"{config.train.global_batch}{each} a step, steps {self.step + 1} to {steps}"
         )
         if mesh.is_main:
             write_bytes(self.output, "config.toml.tmp", iter([config.to_toml().encode()]))
@@ -161,12 +171,14 @@ class Trainer:
         """Lets another run have the output folder."""
         for lock in self.locks:
             lock.close()
+        if isinstance(self.valid, ImageSamples):
+            self.valid.close()
 
     def _begin(self) -> None:
         """Opens what stands at a place of the run: the log, and the data read ahead."""
         config, mesh = self.config, self.mesh
         self.log = MetricsLog(self.output, self.step, config.log.tensorboard) if mesh.is_main else None
-        self._incoming: Generator[tuple[TokenBatch, int], None, None] = train_batches(
+        self._incoming: Generator[tuple[Batch, int], None, None] = train_batches(
             self.samples,
             global_batch=config.train.global_batch,
             rank=mesh.dp.rank,
@@ -193,14 +205,16 @@ class Trainer:
         verdict = self.guard.judge(result.loss, result.applied)
         row: dict[str, Any] = {"step": self.step, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
         seconds = time.perf_counter() - began
-        row |= {"tokens": self.tokens, "tokens_per_s": result.tokens / seconds, "seconds": seconds}
+        unit = self.config.model.unit
+        row |= {f"{unit}s": self.tokens, f"{unit}s_per_s": result.tokens / seconds, "seconds": seconds}
         row |= {"data_seconds": waited}
         if not result.applied:
             row |= {"skipped": True}
             in_a_row = f"{self.guard.skipped} in a row, {self.config.guard.skips} are too many"
             self._say(f"step {self.step}: skipped, a gradient is not finite (loss {result.loss}); {in_a_row}")
         bar.update()
-        bar.set_postfix(loss=f"{result.loss:.3f}", tok_s=f"{row['tokens_per_s']:,.0f}", refresh=False)
+        rate = {f"{unit[:3]}_s": f"{result.tokens / seconds:,.0f}"}
+        bar.set_postfix(loss=f"{result.loss:.3f}", **rate, refresh=False)
         self._write_row(row)
         return verdict
 
@@ -255,7 +269,7 @@ class Trainer:
     def _evaluate_and_save(self, watch: Watch) -> None:
         """What the end of this step is due to bring."""
         config, last = self.config, self.step == self.config.train.steps
-        if self.valid_windows is not None and (last or _due(self.step, config.train.eval_every)):
+        if self.valid is not None and (last or _due(self.step, config.train.eval_every)):
             evaluation = self.evaluate(watch)
             watch.progress(self.step)
             if self.log is not None:
@@ -263,23 +277,41 @@ class Trainer:
                 self.log.row({"step": self.step} | row)
                 self.log.scalars(self.step, {name.replace("eval_", "eval/", 1): value for name, value in row.items()})
                 tqdm.write(f"step {self.step}: held-out {evaluation}")
+            if config.log.samples and isinstance(self.valid, ImageSamples) and config.model.kind == "image":
+                with watch.patient():
+                    self._draw(self.valid)
         # A run that is in trouble may have to go back to before it was.
         if last or _due(self.step, config.checkpoint.every) and not self.guard.skipped:
             with watch.patient():
                 self.save()
 
     def evaluate(self, watch: Watch) -> Evaluation:
-        """The loss on data.valid."""
-        windows, mesh, train = self.valid_windows, self.mesh, self.config.train
-        assert windows is not None
+        """The means over data.valid."""
+        valid, mesh, train = self.valid, self.mesh, self.config.train
+        assert valid is not None
         share = {"batch": self.engine.micro_batch, "ranks": mesh.dp.size, "limit": train.eval_sequences}
-        batches, total = eval_batches(windows, rank=mesh.dp.rank, **share), num_eval_batches(windows, **share)
+        batches, total = eval_batches(valid, rank=mesh.dp.rank, **share), num_eval_batches(valid, **share)
 
-        def loss_sum(batch: TokenBatch) -> tuple[float, int]:
+        def sums(batch: Batch) -> tuple[list[float], int]:
             watch.progress(self.step)
             return self.engine.evaluate_step(batch)
 
-        return evaluate(loss_sum, batches, mesh, windows.corpus.bytes_per_token, total)
+        bytes_per_token = valid.corpus.bytes_per_token if isinstance(valid, TokenWindows) else None
+        return evaluate(sums, batches, mesh, self.config.model, bytes_per_token, total)
+
+    def _draw(self, valid: ImageSamples) -> None:
+        """Images of the model's own, and the lower halves of held-out ones, for TensorBoard."""
+        model, count = self.config.model, min(self.config.log.samples, len(valid))
+        real = valid.pixels(np.arange(count))
+        known = {"samples": torch.from_numpy(real.reshape(count, -1)[:, :1].astype(np.int64))}
+        known["completions"] = upper_half(real)
+        for name, values in known.items():
+            if (step := self.engine.drawing()) is None:
+                return
+            drawn = draw(step, model, values.to(self.mesh.device), seed=self.config.train.seed)
+            if self.log is not None:
+                both = drawn if name == "samples" else np.concatenate([real, drawn])
+                self.log.picture(self.step, f"eval/{name}", grid(both, None if name == "samples" else count, 4))
 
     def save(self) -> None:
         """Writes the checkpoint of this step, or begins to."""
@@ -301,9 +333,9 @@ class Trainer:
                 "streams": self.samples.stream_states(self.position),
                 "batches": list(self.batches.changes),
                 "guard": self.guard.state,
-                "tokenizer": self.tokenizer.fingerprint,
+                "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
             },
-            files={"config.toml": self.config.to_toml().encode(), **self.tokenizer.files},
+            files={"config.toml": self.config.to_toml().encode()} | (self.tokenizer.files if self.tokenizer else {}),
         )
         stalled = self.saver.save(snapshot)
         self.saved = self.step
@@ -344,7 +376,15 @@ class Trainer:
             self._say(f"passed over step-{step}: {problem}")
         return checkpoint
 
-    def _open_data(self, checkpoint: Checkpoint | None, skip_to: int | None = None) -> tuple[MixedWindows, Batches]:
+    def _open_valid(self) -> TokenWindows | ImageSamples | None:
+        return eval_windows(self.config, self.tokenizer) if self.tokenizer else eval_images(self.config)
+
+    def _open_samples(self, batches: Batches) -> MixedWindows | ImageSamples:
+        return train_samples(self.config, self.tokenizer, batches) if self.tokenizer else train_images(self.config)
+
+    def _open_data(
+        self, checkpoint: Checkpoint | None, skip_to: int | None = None
+    ) -> tuple[MixedWindows | ImageSamples, Batches]:
         """The samples from a checkpoint on, or from the beginning; of those before sample `skip_to`, none."""
         batches = Batches(self.config.train.global_batch)
         if checkpoint is not None:
@@ -352,8 +392,7 @@ class Trainer:
             batches = Batches(self.config.train.global_batch, checkpoint.step, state["position"], state["batches"])
             if skip_to is not None:
                 batches.skip_to(checkpoint.step, skip_to)
-        samples = self.mesh.world.together(lambda: train_samples(self.config, self.tokenizer, batches))
-        return samples, batches
+        return self.mesh.world.together(lambda: self._open_samples(batches)), batches
 
     def _prepare_output(self, checkpoint: Checkpoint | None) -> list[OutputLock]:
         """Makes the folders and takes them for this run. Raises UserError when another has one, or has had it and saved
@@ -399,8 +438,9 @@ class Trainer:
         self.log.row(row)
         if self.step % self.config.log.every and self.step != self.config.train.steps:
             return
-        flops = row["tokens_per_s"] * flops_per_token(self.config.model, self.config.train.seq_len)
-        values = {f"train/{key}": row[key] for key in ("loss", "lr", "grad_norm", "tokens_per_s", "data_seconds")}
+        rate = f"{self.config.model.unit}s_per_s"
+        flops = row[rate] * flops_per_unit(self.config.model, self.config.seq_len)
+        values = {f"train/{key}": row[key] for key in ("loss", "lr", "grad_norm", rate, "data_seconds")}
         values |= {"train/model_flops_per_s": flops, "train/memory_gib": memory_gib(self.mesh.device)}
         peak = peak_flops(self.mesh.device)
         if peak is not None and self.config.train.precision == "bf16":

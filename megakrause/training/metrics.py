@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from tqdm import tqdm
@@ -49,6 +50,12 @@ class MetricsLog:
                 for name, value in values.items():
                     if math.isfinite(value):  # one that is not would hide the rest of its curve
                         self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds a picture, uint8 [h, w, c], to TensorBoard."""
+        if self._board is not None:
+            with self._explained(self._board.log_dir):
+                self._board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Ends both. What they could not write has been said before."""

@@ -13,6 +13,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megakrause.models.build import Model
 from megakrause.models.init import whole_names
 from megakrause.models.lm import LanguageModel
 from megakrause.parallel.mesh import Mesh, make_axis
@@ -39,29 +40,31 @@ class MeshView:
 class _Layer(nn.Module):
     """A whole stage as the one layer that DeepSpeed sees of it."""
 
-    def __init__(self, model: LanguageModel, length: int):
+    def __init__(self, model: Model, length: int):
         super().__init__()
         self.model, self.length = model, length
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """What the stage before returned, or tokens: alone, or with doc_start, [b, s], seeds, [b], or both."""
+        """What the stage before returned, or tokens, or images: alone, or with doc_start, [b, s], seeds, [b], or
+        both."""
         x, *others = inputs if isinstance(inputs, tuple) else (inputs,)
-        by_dim = {other.dim(): other for other in others}
-        x = self.model(x, by_dim.get(2), length=self.length, seeds=by_dim.get(1))
+        documents = [other for other in others if other.dim() == 2]
+        seeds = next((other for other in others if other.dim() == 1), None)
+        x = self.model(x, *documents, length=self.length, seeds=seeds)
         return x if not others or self.model.layout.is_last else (x, *others)
 
 
 class Pipeline(PipelineModule):
     """This rank's stage of a model."""
 
-    def __init__(self, model: LanguageModel, mesh: Mesh, length: int, loss: Callable[[Tensor, Any], Tensor]):
+    def __init__(self, model: Model, mesh: Mesh, length: int, loss: Callable[[Tensor, Any], Tensor]):
         """length: positions of a sequence on this rank. loss: of logits and what comes beside a micro-batch's input."""
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp.size, num_mp=mesh.tp.size, num_dp=mesh.data.size)
         layer = _Layer(model, length)
         with contextlib.redirect_stdout(io.StringIO()):  # it lists the layers
             super().__init__([layer] * mesh.pp.size, topology=topology, loss_fn=loss, partition_method="uniform")
         self.tied: list[tuple[nn.Parameter, dist.ProcessGroup | None]] = []
-        if model.config.tie_embeddings:
+        if isinstance(model, LanguageModel) and model.config.tie_embeddings:
             ranks = np.arange(mesh.world.size).reshape(mesh.pp.size, -1)
             ends = make_axis(ranks[[0, -1]].T)
             if ends.size > 1:
@@ -70,7 +73,7 @@ class Pipeline(PipelineModule):
                 self.tied = [(weight, ends.group)]
 
     @property
-    def model(self) -> LanguageModel:
+    def model(self) -> Model:
         return self.forward_funcs[0].model
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup | None]]:

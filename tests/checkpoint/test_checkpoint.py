@@ -27,7 +27,7 @@ from megakrause.checkpoint.model import load_model, stored_config, stored_tokeni
 from megakrause.checkpoint.place import Place, open_folder
 from megakrause.checkpoint.read import Checkpoint, find_checkpoint, find_place, newest_checkpoint
 from megakrause.config import RunConfig
-from megakrause.config_file import parse_config
+from megakrause.config.file import parse_config
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
 from megakrause.errors import UserError
 from megakrause.models.build import build_model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.data import sources, stream
 from megakrause.data.loader import train_batches
 from megakrause.data.open import train_samples

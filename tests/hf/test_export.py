@@ -21,7 +21,7 @@ from megakrause.checkpoint.model import load_model
 from megakrause.checkpoint.place import Place
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.checkpoint.write import Retention, Snapshot, save_checkpoint
-from megakrause.config_file import parse_config
+from megakrause.config.file import parse_config
 from megakrause.data.tokenizer import Tokenizer, train_tokenizer
 from megakrause.errors import UserError
 from megakrause.hf import export as module

@@ -16,11 +16,31 @@ from torch.nn import functional as F
 from megakrause.checkpoint.model import load_model
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.cli import main
-from megakrause.hf.paper import our_name
+from megakrause.hf.paper import our_image_name, our_name
 from tests.hf.test_import import Canary
 from tests.ops.test_golden import TOLERANCE, read
 
 MODELS = ["llama_dual_tiny", "qwen_dual_tiny"]
+CONFIG = """
+output = "runs/paper"
+[data]
+train = "images"
+[optim]
+lr = 1e-3
+[train]
+steps = 1
+global_batch = 1
+[model]
+layers = {layers}
+width = {dim}
+heads = {heads}
+"""
+IMAGE_MODELS = {
+    "karm_tiny": "kind = 'image'\nimage_size = [4, 8]\nmlp_width = 128\nwindow = 16\ntop_k = 8",
+    "karm_tiny_softmax": "kind = 'image'\nimage_size = [4, 8]\nmlp_width = 128\nattention = 'softmax'",
+    "kvit_cifar_tiny": "kind = 'vit'\nimage_size = 32\npatch_size = 4\nclasses = 10\nmlp_width = 64\n"
+    "norm_placement = 'post'\ntop_k = 2\ntop_k_last = 4",
+}
 
 
 def write(name: str, folder: Path, form: str) -> tuple[list[str], dict[str, Tensor]]:
@@ -141,3 +161,35 @@ def test_what_cannot_be_read(how: str, said: str, tmp_path: Path, capsys: pytest
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert said in line
     assert not (tmp_path / "canary").exists() and not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_golden_image_model(name: str, form: str, tmp_path: Path) -> None:
+    expected, hyper = read(name)
+    (tmp_path / "run.toml").write_text(CONFIG.format(**hyper) + IMAGE_MODELS[name])
+    state = {key.removeprefix("param."): t for key, t in expected.items() if key.startswith("param.")}
+    source = tmp_path / f"state.{form}"
+    torch.save({"model": state}, source) if form == "pt" else save_file(state, source)
+    arguments = [str(source), "--config", str(tmp_path / "run.toml"), str(tmp_path / "ours")]
+    assert main(["convert", "from-paper", *arguments]) == 0
+    model = load_model(find_checkpoint(tmp_path / "ours"))
+    found: dict[str, Any] = {}
+    if "tokens" in expected:
+        found["output"] = model(expected["tokens"])
+        found["loss"] = F.cross_entropy(found["output"].flatten(0, 1), expected["targets"].flatten()).view(1)
+        found["loss"].backward()
+    else:
+        images = expected["input"].requires_grad_()
+        found["output"] = model(images)
+        found["output"].backward(expected["output_grad"])
+        found["input_grad"] = images.grad
+    gradients = {name: param.grad for name, param in model.named_parameters()}
+    theirs = {our_image_name(key.removeprefix("grad.")): key for key in expected if key.startswith("grad.")}
+    assert theirs.keys() == gradients.keys()
+    found |= {theirs[name]: gradient for name, gradient in gradients.items()}
+    for key, value in found.items():
+        wanted = expected[key].view(value.shape)
+        # A key's bias adds the same to all scores of a softmax row: its gradient is zero but for rounding.
+        like = wanted if wanted.norm() > 1e-12 else expected[key.replace("k_proj", "q_proj")]
+        assert (value - wanted).norm() <= TOLERANCE * like.norm(), key

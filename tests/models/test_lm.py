@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
 from megakrause.generate import generate_tokens
-from megakrause.models.build import build_model, count_parameters, flops_per_token
+from megakrause.models.build import build_model, count_parameters
+from megakrause.models.flops import flops_per_unit
 from megakrause.models.init import initialize
 from megakrause.models.lm import LanguageModel
 
@@ -269,7 +270,7 @@ def test_operations_are_counted(seq_len: int, attention: Any) -> None:
                 seen = min(i + 1, WINDOW) if branch == "krause" else i + 1
                 total += 2 * 4 * 6 * seen  # scores, and weights times values
             total += 2 * 32 if kind == "dual" else 0  # the gate
-    assert flops_per_token(config, seq_len) == pytest.approx(3 * 2 * total / seq_len, rel=1e-12)
-    assert flops_per_token(config.model_copy(update={"tie_embeddings": True}), seq_len) == flops_per_token(
+    assert flops_per_unit(config, seq_len) == pytest.approx(3 * 2 * total / seq_len, rel=1e-12)
+    assert flops_per_unit(config.model_copy(update={"tie_embeddings": True}), seq_len) == flops_per_unit(
         config, seq_len
     )

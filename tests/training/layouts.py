@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 
 from megakrause.checkpoint.place import Place
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.loop import Trainer
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megakrause.batch import TokenBatch
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.models.build import build_model
 from megakrause.models.layout import Layout
 from megakrause.parallel.mesh import Mesh

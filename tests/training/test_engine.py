@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from megakrause.batch import TokenBatch
 from megakrause.config import RunConfig
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.models.build import build_model
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.engine import Engine

@@ -8,7 +8,7 @@ import pytest
 
 from megakrause.checkpoint.read import find_checkpoint
 from megakrause.cli import main
-from megakrause.config_file import load_config
+from megakrause.config.file import load_config
 from megakrause.data.open import train_samples
 from megakrause.data.tokenizer import Tokenizer
 from tests.training.runs import losses, train
