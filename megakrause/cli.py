@@ -470,6 +470,21 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=_positive, default=1, help="sequences at once")
     parser.add_argument("--json", type=Path, help="also write the table here")
 
+    def sampling(arguments: argparse.Namespace) -> None:
+        from megakrause.bench.sampling import run
+
+        run(arguments.batches, arguments.json)
+
+    parser = _command(
+        kinds,
+        "sampling",
+        "Images a second of a CIFAR-10 image model with a rolling cache, and of its softmax twin with a full one.",
+        "  megakrause bench sampling\n  megakrause bench sampling --batches 16 --json sampling.json",
+        sampling,
+    )
+    parser.add_argument("--batches", type=_positive, nargs="+", default=[64, 1], help="images at once; default: 64 1")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+
     def kernels(arguments: argparse.Namespace) -> None:
         from megakrause.bench.kernels import run
 

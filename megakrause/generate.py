@@ -26,7 +26,7 @@ LARGE = 256  # pixels of a picture, at least, where images are small
 
 def cached_step(model: LanguageModel, cache: ModelCache | None = None) -> Step:
     """A model whose cache holds what went through it before."""
-    cache = model.new_cache() if cache is None else cache
+    cache = model.new_cache(model.config.num_positions or 0) if cache is None else cache
     return lambda tokens: model(tokens, cache=cache)
 
 
@@ -132,8 +132,9 @@ def generate_text(
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid UTF-8 at character {error.start}") from error
     source = find_checkpoint(checkpoint)
-    if stored_config(source).model.kind == "image":
-        raise UserError(f"{source.path} draws images; give --output PNG")
+    if (kind := stored_config(source).model.kind) != "lm":
+        why = "draws images; give --output PNG" if kind == "image" else f"is a {kind}, which predicts no tokens"
+        raise UserError(f"{source.path} {why}")
     tokenizer = stored_tokenizer(source)
     model = load_language_model(source, "cuda" if torch.cuda.is_available() else "cpu")
     ids = [tokenizer.eos, *tokenizer.encode(prompt)]

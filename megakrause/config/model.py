@@ -171,8 +171,6 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.attention lists {len(self.attention)} layers, model.layers = {self.layers}; they must agree"
             )
-        if "dual" in self.attention_of_layers and self.bias:
-            raise ValueError("model.bias = true does not go with dual layers; use model.bias = false")
         if self.kind == "lm":
             self._check_language_model()
         else:
@@ -184,6 +182,8 @@ class ModelConfig(Section):
         return self
 
     def _check_language_model(self) -> None:
+        if "dual" in self.attention_of_layers and self.bias:
+            raise ValueError("model.bias = true does not go with dual layers; use model.bias = false")
         if self.positions == "rope" and self.head_size % 2:
             raise ValueError(
                 f"model.head_dim = {self.head_size} is odd; "

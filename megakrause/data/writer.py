@@ -53,7 +53,7 @@ class CorpusWriter:
         content: TokenizerInfo | ImagesInfo,
         *,
         shard_bytes: int = SHARD_BYTES,
-        block_size: int = BLOCK,
+        block_size: int | None = None,
         settings: dict[str, Any] | None = None,
         prompts: bool = False,
     ) -> None:
@@ -63,7 +63,7 @@ class CorpusWriter:
         is writing this corpus."""
         check_output(prefix)
         self.prefix = Path(prefix)
-        self.content, self.prompts, self._block_size = content, prompts, block_size
+        self.content, self.prompts, self._block_size = content, prompts, block_size or BLOCK
         if isinstance(content, ImagesInfo):
             self.dtype, self._known = np.dtype(np.uint8), range(256)
         else:

@@ -103,6 +103,10 @@ def _ours(config: dict[str, Any]) -> dict[str, Any]:
         "sigma": config["krause_sigma"],
         "qkv_bias": config["qkv_bias"],
         "qk_norm": config.get("qk_norm", False),
+        "norm": config.get("norm", "rms"),
+        "norm_placement": "post" if config.get("post_norm") else "pre",
+        "mlp": config.get("mlp", "swiglu"),
+        "bias": config.get("bias", False),
         "rope_scaling": config.get("position_scaling"),
     }
 

@@ -39,6 +39,7 @@ from megakrause.checkpoint.weights import Weights
 from megakrause.config import ModelConfig, RunConfig
 from megakrause.errors import UserError
 from megakrause.hf import modeling_megakrause
+from megakrause.hf.export_vision import write_vit
 from megakrause.hf.modeling_megakrause import MegakrauseConfig
 from megakrause.hf.names import to_hf
 from megakrause.hf.tokenizer import write_tokenizer
@@ -64,6 +65,9 @@ def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32, *, ad
     Face's format, or when the logits differ."""
     source = find_checkpoint(checkpoint)
     with staged(out, source.step) as (folder, marker):
+        if stored_config(source).model.kind == "vit":
+            marker["max_logit_difference"] = difference = write_vit(source, folder, dtype)
+            return difference
         _write(source, folder, dtype, adapters)
 
         @torch.no_grad()
@@ -142,7 +146,8 @@ def hf_config(
         "tie_word_embeddings": model.tie_embeddings,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    plain = model.positions == "rope" and set(model.attention_of_layers) == {"softmax"}
+    llama = (model.norm, model.norm_placement, model.mlp, model.bias) == ("rms", "pre", "swiglu", False)
+    plain = llama and model.positions == "rope" and set(model.attention_of_layers) == {"softmax"}
     rope = {"rope_type": "default", "rope_theta": model.rope_theta} | _stretched(model)
     even = model.width % model.heads == 0  # which Llama and Qwen2 insist on, whatever head_dim is
     match plain, model.qkv_bias, model.qk_norm:
@@ -160,11 +165,16 @@ def hf_config(
         krause_sigma=model.sigma,
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
+        norm=model.norm,
+        post_norm=model.norm_placement == "post",
+        mlp=model.mlp,
+        bias=model.bias,
         position_scaling=None if model.rope_scaling is None else model.rope_scaling.model_dump(),
         learned_positions=model.positions == "learned",
         rope_theta=model.rope_theta,
         architectures=["MegakrauseForCausalLM"],
         auto_map=AUTO_MAP,
+        image_shape=list(model.image_shape) if model.kind == "image" else None,
     )
 
 
@@ -251,7 +261,7 @@ def compare_logits(load: Callable[[], LanguageModel], reload: Callable[[], Any],
     config = model.config
     length = max(64, 2 * (config.window or 0) + 2)
     if config.positions == "learned":
-        length = min(length, config.max_positions or length)
+        length = min(length, config.num_positions or length)
     tokens = torch.randint(config.vocab_size or 0, (1, length), generator=torch.Generator().manual_seed(0))
     eps = torch.finfo(torch.float32).eps
     model.config = config.model_copy(update={"rope_theta": config.rope_theta * (1 + eps)})

@@ -34,7 +34,8 @@ class MegakrauseConfig(PretrainedConfig):
     """attention: "krause", "softmax", "softmax_window" or "dual" for each layer. krause_sigma: initial width of the
     kernel of every head (`top_k` alone would be taken for generate()'s). qk_norm: heads' queries and keys are
     normalized before rotation. position_scaling: of rotary positions, Llama 3.1's or linear. learned_positions: a table
-    of max_position_embeddings positions in place of rotary ones."""
+    of max_position_embeddings positions in place of rotary ones. norm: "rms" or "layer"; post_norm: norms follow the
+    sums. mlp: "swiglu" or "gelu". bias: of the attention's output, the MLP and the head."""
 
     model_type = "megakrause"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
@@ -55,6 +56,10 @@ class MegakrauseConfig(PretrainedConfig):
         krause_sigma: float = 2.5,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        norm: str = "rms",
+        post_norm: bool = False,
+        mlp: str = "swiglu",
+        bias: bool = False,
         learned_positions: bool = False,
         rope_theta: float = 10000.0,
         position_scaling: dict[str, Any] | None = None,
@@ -78,6 +83,10 @@ class MegakrauseConfig(PretrainedConfig):
         self.krause_sigma = krause_sigma
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
+        self.norm = norm
+        self.post_norm = post_norm
+        self.mlp = mlp
+        self.bias = bias
         self.learned_positions = learned_positions
         self.rope_theta = rope_theta
         self.position_scaling = position_scaling
@@ -185,6 +194,12 @@ class MegakrauseRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def norm_of(config: MegakrauseConfig) -> nn.Module:
+    """The norm between layers."""
+    kind = nn.LayerNorm if config.norm == "layer" else MegakrauseRMSNorm
+    return kind(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class MegakrauseAttention(nn.Module):
     def __init__(self, config: MegakrauseConfig, kind: str, cache_layer: int):
         super().__init__()
@@ -195,7 +210,7 @@ class MegakrauseAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm, self.k_norm = (MegakrauseRMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
@@ -245,28 +260,35 @@ class MegakrauseDualAttention(MegakrauseAttention):
 class MegakrauseMLP(nn.Module):
     def __init__(self, config: MegakrauseConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=config.bias) if config.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(width, inner, bias=config.bias)
+        self.down_proj = nn.Linear(inner, width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MegakrauseLayer(nn.Module):
     def __init__(self, config: MegakrauseConfig, layer: int):
         super().__init__()
-        self.input_layernorm = MegakrauseRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = config.post_norm
+        self.input_layernorm = norm_of(config)
         kind = config.attention[layer]
         self.self_attn = (
             MegakrauseDualAttention(config, layer) if kind == "dual" else MegakrauseAttention(config, kind, layer)
         )
-        self.post_attention_layernorm = MegakrauseRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = norm_of(config)
         self.mlp = MegakrauseMLP(config)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, segments: Tensor | None, cache: Cache | None
     ) -> Tensor:
+        if self.post_norm:
+            x = self.input_layernorm(x + self.self_attn(x, rotary, segments, cache))
+            return self.post_attention_layernorm(x + self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), rotary, segments, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -309,7 +331,7 @@ class MegakrauseModel(MegakrausePreTrainedModel):
         if config.learned_positions:
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(MegakrauseLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = MegakrauseRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm_of(config)
         self.post_init()
 
     @can_return_tuple
@@ -379,7 +401,7 @@ class MegakrauseForCausalLM(MegakrausePreTrainedModel, GenerationMixin):
     def __init__(self, config: MegakrauseConfig):
         super().__init__(config)
         self.model = MegakrauseModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
         self.post_init()
 
     @can_return_tuple

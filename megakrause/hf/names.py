@@ -11,17 +11,24 @@ _OUTER = {
     "embedding.tokens.weight": "model.embed_tokens.weight",
     "embedding.positions.weight": "model.embed_positions.weight",
     "head.norm.weight": "model.norm.weight",
+    "head.norm.bias": "model.norm.bias",
     "head.output.weight": "lm_head.weight",
+    "head.output.bias": "lm_head.bias",
 }
 # Of block N: ours stand behind `blocks.N.`, theirs behind `model.layers.N.`.
 _INNER = {
     "attention_norm.weight": "input_layernorm.weight",
+    "attention_norm.bias": "input_layernorm.bias",
     "attention.gate.weight": "self_attn.gate.weight",
     "attention.gate.bias": "self_attn.gate.bias",
     "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp_norm.bias": "post_attention_layernorm.bias",
     "mlp.gate.weight": "mlp.gate_proj.weight",
     "mlp.up.weight": "mlp.up_proj.weight",
     "mlp.down.weight": "mlp.down_proj.weight",
+    "mlp.gate.bias": "mlp.gate_proj.bias",
+    "mlp.up.bias": "mlp.up_proj.bias",
+    "mlp.down.bias": "mlp.down_proj.bias",
 }
 _ATTENTION = {
     "query.weight": "q_proj.weight",
@@ -31,6 +38,7 @@ _ATTENTION = {
     "value.weight": "v_proj.weight",
     "value.bias": "v_proj.bias",
     "output.weight": "o_proj.weight",
+    "output.bias": "o_proj.bias",
     "query_norm.weight": "q_norm.weight",
     "key_norm.weight": "k_norm.weight",
     "core.log_sigma": "log_sigma",

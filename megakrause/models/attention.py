@@ -33,8 +33,9 @@ from megakrause.parallel.mesh import ALONE, Axis
 class GrowingCache:
     """All keys, after rotation, and values that one softmax layer has seen."""
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, room: int = 0) -> None:
+        """room: positions that it will have, if that is known."""
+        self.length, self._room = 0, room
         self._kv: Tensor | None = None  # 2 b positions h_kv d, with room to grow
 
     def extend(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,8 @@ class GrowingCache:
         self.length = position + k.shape[1]
         b, _, h_kv, d = k.shape
         if self._kv is None or self.length > self._kv.shape[2]:
-            room = k.new_empty(2, b, 2 * self.length, h_kv, d)
+            size = self._room if self.length <= self._room else 2 * self.length
+            room = k.new_empty(2, b, size, h_kv, d)
             if self._kv is not None:
                 room[:, :, :position] = self._kv[:, :, :position]
             self._kv = room
@@ -136,7 +138,7 @@ class KrauseCore(nn.Module):
             backend=self.layout.backend,
         )
 
-    def new_cache(self) -> Cache:
+    def new_cache(self, room: int) -> Cache:
         return WindowCache(self.window)
 
 
@@ -172,8 +174,8 @@ class SoftmaxCore(nn.Module):
 
         return self.layout.run("selective", attend, q, k, v)
 
-    def new_cache(self) -> Cache:
-        return GrowingCache() if self.window is None else WindowCache(self.window)
+    def new_cache(self, room: int) -> Cache:
+        return GrowingCache(room) if self.window is None else WindowCache(self.window)
 
 
 def causal_core(config: ModelConfig, kind: CoreKind, layout: Layout) -> Core:
@@ -256,10 +258,10 @@ class SelfAttention(nn.Module):
             q, k = apply_rotary(q, *sequence.rotary), apply_rotary(k, *sequence.rotary)
         return self.output(self.core(q, k, v, sequence, cache).flatten(-2), sequence.noise)
 
-    def new_cache(self) -> Cache:
-        """Of an attention that looks back only."""
+    def new_cache(self, room: int = 0) -> Cache:
+        """Of an attention that looks back only. room: positions that it will have, if that is known."""
         assert isinstance(self.core, KrauseCore | SoftmaxCore)
-        return self.core.new_cache()
+        return self.core.new_cache(room)
 
 
 Linear = TypeVar("Linear", bound=ColumnParallelLinear | PartOfWholeLinear | RowParallelLinear)

@@ -103,8 +103,8 @@ class Block(nn.Module):
             x = noise.drop_sequences(x, number ^ 1, self.drop_path)
         return x
 
-    def new_cache(self) -> LayerCache:
-        return self.attention.new_cache()
+    def new_cache(self, room: int = 0) -> LayerCache:
+        return self.attention.new_cache(room)
 
 
 def _attention(config: ModelConfig, layer: int, layout: Layout) -> SelfAttention:

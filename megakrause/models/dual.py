@@ -43,8 +43,8 @@ class DualAttention(SelfAttention):
         krause = self.krause.term(x, sequence, None if cache is None else cache.krause)
         return self.gate(self.tp.leave(torch.cat([softmax, krause], dim=-1)))  # the ranks sum both at once
 
-    def new_cache(self) -> DualCache:  # type: ignore[override]
-        return DualCache(super().new_cache(), self.krause.new_cache())
+    def new_cache(self, room: int = 0) -> DualCache:  # type: ignore[override]
+        return DualCache(super().new_cache(room), self.krause.new_cache())
 
 
 class Gate(nn.Module):

@@ -121,6 +121,7 @@ class LanguageModel(Transformer):
             cache.position += s
         return x if self.head is None else self.head(x, s)
 
-    def new_cache(self) -> ModelCache:
-        """An empty cache: `window` entries for a layer that has one, as many as there are positions for the others."""
-        return ModelCache([block.new_cache() for block in self.layers])
+    def new_cache(self, room: int = 0) -> ModelCache:
+        """An empty cache: `window` entries for a layer that has one, as many as there are positions for the others.
+        room: positions that it will have, if that is known: else it may hold up to three times as many at a time."""
+        return ModelCache([block.new_cache(room) for block in self.layers])

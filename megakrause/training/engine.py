@@ -154,7 +154,11 @@ class Engine:
         if self.mesh.pp.size > 1 or self.mesh.cp.size > 1 or not isinstance(self._module, LanguageModel):
             return None
         self._engine.eval()
-        cache, tp, size = self._module.new_cache(), self.mesh.tp, self._module.config.vocab_size
+        cache, tp, size = (
+            self._module.new_cache(self._module.config.num_positions or 0),
+            self.mesh.tp,
+            self._module.config.vocab_size,
+        )
         assert size is not None
         return lambda tokens: collect(self._engine(tokens, cache=cache), tp, -1, size)
 

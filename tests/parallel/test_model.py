@@ -39,14 +39,24 @@ SETTINGS: dict[str, list[Any]] = {
     "vocab_size": [32, 37],
     "documents": [False, True],
     "lora": [False, True],
+    "style": ["llama", "gpt", "post"],
 }
+# LayerNorm, GELU, biases everywhere and dropout; and the same with its norms behind the sums.
+GPT: dict[str, Any] = {"norm": "layer", "mlp": "gelu", "dropout": 0.2}
+STYLES: dict[str, dict[str, Any]] = {"llama": {}, "gpt": GPT, "post": GPT | {"norm_placement": "post"}}
 
 
 def model_config(
-    kv_heads: int = 2, vocab_size: int = 37, window: int = 5, lora: bool = False, **changes: Any
+    kv_heads: int = 2,
+    vocab_size: int = 37,
+    window: int = 5,
+    lora: bool = False,
+    style: str = "llama",
+    **changes: Any,
 ) -> ModelConfig:
+    changes |= STYLES[style] | ({"bias": "dual" not in changes.get("attention", [])} if style != "llama" else {})
     if lora:
-        targets = ["query", "key", "value", "output", "gate", "down"]
+        targets = ["query", "key", "value", "output", "gate" if style == "llama" else "up", "down"]
         changes["lora"] = LoraConfig(rank=3, alpha=5.0, dropout=0.3, targets=targets)
     return ModelConfig(
         **dict(layers=2, width=24, heads=16, head_dim=6, mlp_width=30, top_k=3, max_positions=LENGTH + 2, init_std=0.3)
@@ -139,7 +149,7 @@ def check_against_one_process(
     assert config.vocab_size is not None
     given = batch(config.vocab_size, documents)
     logits = model(given.tokens, given.doc_start, seeds=SEEDS)
-    if config.lora is not None:
+    if config.has_dropout:
         assert (logits - model(given.tokens, given.doc_start)).abs().max() > 0.1
     expected = cross_entropy_sum(logits, given.targets, given.loss_mask)
     expected.backward()

@@ -27,7 +27,9 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def start_script(config: Path, *overrides: object, ranks: int = 1, prelude: str = "") -> subprocess.Popen[str]:
     """`megakrause train` on one or several ranks, each of which runs a piece of Python before; both outputs in one."""
     script = config.parent / "script.py"
-    script.write_text(f"import os, runpy, time\n{prelude}\nrunpy.run_module('megakrause', run_name='__main__')\n")
+    # Processes that it starts import it, too.
+    run = "if __name__ == '__main__':\n    runpy.run_module('megakrause', run_name='__main__')\n"
+    script.write_text(f"import os, runpy, time\n{prelude}\n{run}")
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]

@@ -168,7 +168,7 @@ def test_checkpoints_elsewhere_are_found_again(config: Path, tmp_path: Path) -> 
     (tmp_path / "elsewhere" / "step-6" / "rank-00000.safetensors").write_bytes(b"cut short")
     printed = train(config, "train.steps=8", "optim.schedule=constant", f"checkpoint.folder={elsewhere}")
     assert f"resuming from {elsewhere}/step-4" in printed
-    assert sorted(os.listdir(tmp_path / "elsewhere")) == ["step-4", "step-8"]
+    assert sorted(os.listdir(tmp_path / "elsewhere")) == [".lock", "step-4", "step-8"]
     undisturbed = tmp_path / "undisturbed"
     train(config, "train.steps=8", "optim.schedule=constant", f"output={undisturbed}")
     assert losses(output) == losses(undisturbed)
