@@ -36,7 +36,7 @@ class GrowingCache:
     def __init__(self, room: int = 0) -> None:
         """room: positions that it will have, if that is known."""
         self.length, self._room = 0, room
-        self._kv: Tensor | None = None  # 2 b positions h_kv d, with room to grow
+        self._kv: Tensor | None = None  # 2 b positions h_kv d, with room to grow; a head's positions lie together
 
     def extend(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Adds those of `position` and following, [b, s, h_kv, d]; returns all."""
@@ -44,7 +44,7 @@ class GrowingCache:
         b, _, h_kv, d = k.shape
         if self._kv is None or self.length > self._kv.shape[2]:
             size = self._room if self.length <= self._room else 2 * self.length
-            room = k.new_empty(2, b, size, h_kv, d)
+            room = k.new_empty(2, b, h_kv, size, d).transpose(2, 3)
             if self._kv is not None:
                 room[:, :, :position] = self._kv[:, :, :position]
             self._kv = room

@@ -13,14 +13,16 @@ from megakrause.ops.krause_tiles import INTEGERS, LOG2_E, load_keys, load_rows, 
 
 
 class KeyRing:
-    """The last `window` keys, with their |k|^2 / 2, and values of each sequence. Position p lies in slot p % window."""
+    """The last `window` keys, with their |k|^2 / 2, and values of each sequence. Position p lies in slot p % window.
+
+    k and v are [b, window, h_kv, d], of which one head's slots lie one behind the other: what is read together."""
 
     def __init__(self, window: int, k: Tensor):
         """k: [b, s, h_kv, d], what is to be kept; only its shape, dtype and device count."""
         b, _, h_kv, d = k.shape
         compute = torch.float64 if k.dtype == torch.float64 else torch.float32
         self.window = window
-        self.k, self.v = k.new_zeros(b, window, h_kv, d), k.new_zeros(b, window, h_kv, d)
+        self.k, self.v = (k.new_zeros(b, h_kv, window, d).transpose(1, 2) for _ in range(2))
         self.half_squares = k.new_zeros(b, h_kv, window, dtype=compute)
 
     @torch.no_grad()
@@ -137,11 +139,11 @@ def _decode_torch(
     ring_half_squares[sequence, :, slot] = k[:, 0].to(compute).square().sum(-1) / 2
 
     rows = q[:, 0].to(compute).unflatten(1, (h_kv, -1))  # b h_kv g d
-    z = rows @ ring_k.to(compute).permute(0, 2, 3, 1) - ring_half_squares[:, :, None]  # b h_kv g window
+    z = rows @ ring_k.to(compute).transpose(1, 2).mT - ring_half_squares[:, :, None]  # b h_kv g window
     empty = torch.arange(window, device=q.device) > position[:, None]
     z = z.masked_fill(empty[:, None, None], -torch.inf)
     if top_k is not None:
-        z = z.masked_fill(z < z.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+        z = z.masked_fill(z < z.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True), -torch.inf)
     inverse_variance = torch.exp(-2 * log_sigma.to(compute)).view(h_kv, -1, 1)
     p = torch.softmax(z * inverse_variance, dim=-1)
     return (p @ ring_v.to(compute).transpose(1, 2)).flatten(1, 2)[:, None].to(q.dtype)
@@ -186,15 +188,15 @@ def decode_kernel(
     new_half_square = tl.sum(new_k.to(tl.float32) * new_k.to(tl.float32), 0) / 2
     i = tl.load(position + batch)
     slot = i % window
-    ring_k += (batch * window * h_kv + kv) * HEAD_DIM
-    ring_v += (batch * window * h_kv + kv) * HEAD_DIM
+    ring_k += (batch * h_kv + kv) * window * HEAD_DIM
+    ring_v += (batch * h_kv + kv) * window * HEAD_DIM
     ring_half_squares += (batch * h_kv + kv) * window
 
     # The new key is put into its slot of the tiles themselves: what was just stored might not be visible to a load.
     tiles = ()
     for t in tl.static_range(TILES):
         at = t * COLUMNS + column
-        keys = load_keys(ring_k, i * 0 + t * COLUMNS, column, window, h_kv, HEAD_DIM, D)
+        keys = load_keys(ring_k, i * 0 + t * COLUMNS, column, window, 1, HEAD_DIM, D)
         keys = tl.where((at == slot)[:, None], new_k[None, :], keys)
         half_squares = tl.load(ring_half_squares + at, mask=at < window, other=0.0)
         z = multiply(rows, tl.trans(keys)) - tl.where(at == slot, new_half_square, half_squares)[None, :]
@@ -214,13 +216,13 @@ def decode_kernel(
     for t in tl.static_range(TILES):
         p = tl.where(tiles[t] < cut[:, None], 0.0, tl.exp2((tiles[t] - highest[:, None]) * scale[:, None]))
         total += tl.sum(p, 1)
-        values = load_keys(ring_v, i * 0 + t * COLUMNS, column, window, h_kv, HEAD_DIM, D)
+        values = load_keys(ring_v, i * 0 + t * COLUMNS, column, window, 1, HEAD_DIM, D)
         # What lies beyond the ring is its last slot again.
         at = tl.minimum(t * COLUMNS + column, window - 1)
         values = tl.where((at == slot)[:, None], new_v[None, :], values)
         result += multiply(p.to(values.dtype), values)
     store_rows(out + corner * HEAD_DIM, row, result / total[:, None], row < group, HEAD_DIM, D)
 
-    tl.store(ring_k + slot.to(tl.int64) * (h_kv * HEAD_DIM) + d, new_k, mask=d < HEAD_DIM)
-    tl.store(ring_v + slot.to(tl.int64) * (h_kv * HEAD_DIM) + d, new_v, mask=d < HEAD_DIM)
+    tl.store(ring_k + slot.to(tl.int64) * HEAD_DIM + d, new_k, mask=d < HEAD_DIM)
+    tl.store(ring_v + slot.to(tl.int64) * HEAD_DIM + d, new_v, mask=d < HEAD_DIM)
     tl.store(ring_half_squares + slot, new_half_square)
