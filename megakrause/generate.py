@@ -17,17 +17,11 @@ from megakrause.checkpoint.read import find_checkpoint
 from megakrause.config import RunConfig
 from megakrause.data.open import eval_images
 from megakrause.errors import UserError
-from megakrause.models.lm import LanguageModel, ModelCache
+from megakrause.models.lm import LanguageModel
 from megakrause.models.pictures import draw, grid, to_png, upper_half
-from megakrause.models.sample import Step, continued
+from megakrause.models.sample import cached_step, continued
 
 LARGE = 256  # pixels of a picture, at least, where images are small
-
-
-def cached_step(model: LanguageModel, cache: ModelCache | None = None) -> Step:
-    """A model whose cache holds what went through it before."""
-    cache = model.new_cache(model.config.num_positions or 0) if cache is None else cache
-    return lambda tokens: model(tokens, cache=cache)
 
 
 @torch.no_grad()

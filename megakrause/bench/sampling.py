@@ -17,11 +17,11 @@ from tqdm import tqdm
 from megakrause.bench.measure import machine, ratio, take_turns, write_json
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
-from megakrause.generate import cached_step
 from megakrause.models.attention import GrowingCache, WindowCache
 from megakrause.models.build import build_language_model
 from megakrause.models.lm import LanguageModel, ModelCache
 from megakrause.models.pictures import draw
+from megakrause.models.sample import cached_step
 from megakrause.table import table
 
 # As configs/image/{krause,softmax}-cifar10.toml.

@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from megakrause.config.section import Section
 
-ModelKind = Literal["lm", "image", "vit"]
+ModelKind = Literal["lm", "image", "vit", "swin"]
 CoreKind = Literal["krause", "softmax", "softmax_window"]
 AttentionKind = Literal["krause", "softmax", "softmax_window", "dual"]
 
@@ -60,12 +60,14 @@ KEYS: dict[str, set[str]] = {
     "image": {"image_size", "channels", "kv_heads", "window"},
     "vit": {"image_size", "channels", "patch_size", "classes", "radius", "metric", "top_k_last", "pooling"}
     | {"shared_sigma", "drop_path"},
+    "swin": {"image_size", "channels", "patch_size", "classes", "window", "depths", "drop_path"},
 }
 TRANSFORMER = {"norm": "layer", "mlp": "gelu", "bias": True, "qkv_bias": True}  # as the first ones were
 PRESETS: dict[str, dict[str, Any]] = {
     "lm": {},
     "image": TRANSFORMER | {"positions": "learned", "vocab_size": 256},
     "vit": TRANSFORMER | {"shared_sigma": True},
+    "swin": TRANSFORMER,
 }
 
 
@@ -75,6 +77,8 @@ class ModelConfig(Section):
     lm: a decoder language model of the Llama kind; each layer's attention is Krause, softmax, windowed softmax, or
     dual: softmax with a Krause branch beside it (models/dual.py). image: the same over the pixel values of an image,
     in raster order, channels last. vit: a classifier of images by patches, whose Krause layers look around on the grid.
+    swin: one that looks around in windows of patches, in stages (models/swin.py); width, heads and mlp_width are those
+    of the first stage, and double from stage to stage.
 
     A key that other kinds have is refused; norm, mlp, bias and qkv_bias have the defaults of the Llama kind in an lm,
     and are "layer", "gelu", true and true in the others."""
@@ -90,7 +94,9 @@ class ModelConfig(Section):
         default="krause", description="one word for all layers, or one word a layer"
     )
     window: int | None = Field(
-        default=None, gt=0, description="keys that a query sees, itself included; not of softmax layers"
+        default=None,
+        gt=0,
+        description="keys that a query sees, itself included, not of softmax layers; of a swin, patches of a side",
     )
     top_k: int | None = Field(default=None, gt=0, description="keys kept per Krause query; left out: all that it sees")
     sigma: float = Field(default=2.5, gt=0, description="initial width of the RBF kernel of every head")
@@ -134,6 +140,9 @@ class ModelConfig(Section):
         default="cls", description="a class is read from a token of its own, or from the mean of the patches"
     )
     shared_sigma: bool = Field(default=False, description="one sigma a layer, not one a head")
+    depths: list[Annotated[int, Field(gt=0)]] | None = Field(
+        default=None, min_length=1, description="blocks of each stage; model.layers in all"
+    )
     drop_path: float = Field(
         default=0.0, ge=0, lt=1, description="share of the images for which the last block is left out; earlier: fewer"
     )
@@ -175,7 +184,9 @@ class ModelConfig(Section):
             self._check_language_model()
         else:
             self._check_images()
-        if self.kind != "vit" and self.window is None and set(self.attention_of_layers) != {"softmax"}:
+        if self.kind == "swin":
+            self._check_swin()
+        if self.kind in ("lm", "image") and self.window is None and set(self.attention_of_layers) != {"softmax"}:
             raise ValueError(
                 "model.window is missing; krause, dual and softmax_window layers need one, such as model.window = 128"
             )
@@ -199,10 +210,11 @@ class ModelConfig(Section):
             raise ValueError("model.max_positions is missing; learned positions need one, at least train.seq_len")
 
     def _check_images(self) -> None:
-        needed = ["image_size"] if self.kind == "image" else ["image_size", "patch_size", "classes"]
+        needed = ["image_size"] + (["patch_size", "classes"] if self.kind in ("vit", "swin") else [])
+        needed += ["window", "depths"] if self.kind == "swin" else []
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f"model.{missing[0]} is missing; a model of kind {self.kind} needs one")
-        legal = ("krause", "softmax") if self.kind == "vit" else ("krause", "softmax", "softmax_window")
+        legal = ("krause", "softmax", "softmax_window") if self.kind == "image" else ("krause", "softmax")
         if wrong := [kind for kind in self.attention_of_layers if kind not in legal]:
             raise ValueError(f"model.attention = {wrong[0]!r} is none of kind {self.kind}; use one of {list(legal)}")
         height, width, _ = self.image_shape
@@ -214,6 +226,30 @@ class ModelConfig(Section):
                 f"model.patch_size = {self.patch_size} does not divide model.image_size = {self.image_size}; "
                 f"use one of {divisors}"
             )
+
+    def _check_swin(self) -> None:
+        assert self.depths is not None and self.window is not None
+        if sum(self.depths) != self.layers:
+            total = sum(self.depths)
+            raise ValueError(f"model.depths = {self.depths} are {total} blocks, model.layers = {self.layers}")
+        only: dict[str, Any] = TRANSFORMER | {"norm_placement": "pre", "qk_norm": False, "dropout": 0.0, "top_k": None}
+        for key, value in only.items():
+            if (given := getattr(self, key)) != value:
+                raise ValueError(f"model.{key} = {given!r}: a swin knows no other than {value!r}; leave it out")
+        factor = 2 ** (len(self.depths) - 1)
+        if any(side % factor for side in self.patches):
+            grid = f"{self.patches[0]} x {self.patches[1]}"
+            raise ValueError(f"model.patch_size = {self.patch_size} leaves {grid} patches, no multiples of {factor}")
+        for rows, columns in self.stage_grids:
+            side = min(rows, columns, self.window)
+            if rows % side or columns % side:
+                raise ValueError(f"model.window = {self.window} does not divide a stage's {rows} x {columns} patches")
+
+    @property
+    def stage_grids(self) -> list[tuple[int, int]]:
+        """Rows and columns of patches of each stage of a swin."""
+        rows, columns = self.patches
+        return [(rows >> stage, columns >> stage) for stage in range(len(self.depths or []))]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -238,12 +274,14 @@ class ModelConfig(Section):
                 return math.prod(self.image_shape) - 1
             case "vit":
                 return math.prod(self.patches) + (self.pooling == "cls")
+            case "swin":
+                return math.prod(self.patches)
         return None
 
     @property
     def unit(self) -> str:
         """What losses are means over, in the singular: what a model predicts at each position, or once an image."""
-        return {"lm": "token", "image": "value", "vit": "image"}[self.kind]
+        return {"lm": "token", "image": "value"}.get(self.kind, "image")
 
     @property
     def num_positions(self) -> int | None:

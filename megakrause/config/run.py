@@ -220,10 +220,10 @@ class RunConfig(Section):
         for name, values in [("mean", self.augment.mean), ("std", self.augment.std)]:
             if values is not None and len(values) != model.channels:
                 raise ValueError(f"augment.{name} = {values} must be {model.channels} numbers, as model.channels")
-        if model.kind == "vit" and self.parallel.cp > 1:
-            raise ValueError(
-                f"parallel.cp = {self.parallel.cp}: the patches of an image are not shared; use parallel.cp = 1"
-            )
+        shared = {"vit": ["cp"], "swin": ["cp", "tp", "pp"]}.get(model.kind, [])
+        if wrong := [key for key in shared if getattr(self.parallel, key) > 1]:
+            value = getattr(self.parallel, wrong[0])
+            raise ValueError(f"parallel.{wrong[0]} = {value}: a {model.kind} is not shared so; use 1")
         if model.classes is not None and self.parallel.tp > model.classes:
             raise ValueError(
                 f"parallel.tp = {self.parallel.tp} cannot share model.classes = {model.classes}; use at most so many"

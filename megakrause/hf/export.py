@@ -65,7 +65,9 @@ def export(checkpoint: str, out: Path, dtype: torch.dtype = torch.float32, *, ad
     Face's format, or when the logits differ."""
     source = find_checkpoint(checkpoint)
     with staged(out, source.step) as (folder, marker):
-        if stored_config(source).model.kind == "vit":
+        if (kind := stored_config(source).model.kind) == "swin":
+            raise UserError(f"{source.path} is a swin, which has no form in transformers yet")
+        if kind == "vit":
             marker["max_logit_difference"] = difference = write_vit(source, folder, dtype)
             return difference
         _write(source, folder, dtype, adapters)

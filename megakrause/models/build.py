@@ -9,15 +9,17 @@ from megakrause.config import ModelConfig
 from megakrause.models.init import initialize, whole_shape
 from megakrause.models.layout import Layout
 from megakrause.models.lm import LanguageModel
+from megakrause.models.swin import SwinTransformer
 from megakrause.models.vit import VisionTransformer
 
-Model = LanguageModel | VisionTransformer
+Model = LanguageModel | VisionTransformer | SwinTransformer
 
 
 def build_model(config: ModelConfig, seed: int | None = None, layout: Layout | None = None) -> Model:
     """The model of a config whose vocab_size is known, or this rank's part of it, with the initial weights of `seed`,
     or uninitialized."""
-    model = VisionTransformer(config, layout) if config.kind == "vit" else LanguageModel(config, layout)
+    kinds: dict[str, type[Model]] = {"vit": VisionTransformer, "swin": SwinTransformer}
+    model = kinds.get(config.kind, LanguageModel)(config, layout)
     if seed is not None:
         initialize(model, seed)
     return model

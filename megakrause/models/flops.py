@@ -18,7 +18,7 @@ class Flops:
 def flops_per_unit(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations that training needs for one token, pixel value or image: forward and twice as many
     backward."""
-    return 3 * image_flops(config).needed if config.kind == "vit" else sum(flops_of_layers(config, seq_len))
+    return 3 * image_flops(config).needed if config.unit == "image" else sum(flops_of_layers(config, seq_len))
 
 
 def flops_of_layers(config: ModelConfig, seq_len: int) -> list[float]:
@@ -46,8 +46,10 @@ def flops_of_layers(config: ModelConfig, seq_len: int) -> list[float]:
 
 
 def image_flops(config: ModelConfig) -> Flops:
-    """Of a vit or an image model. In a vit's Krause layers all pairs of patches are computed: on grids of this size
+    """Of a model of images. In a vit's Krause layers all pairs of patches are computed: on grids of this size
     that is faster than to gather neighbours."""
+    if config.kind == "swin":
+        return _swin_flops(config)
     s, q = config.length, config.heads * config.head_size
     assert s is not None
     kv = config.num_kv_heads * config.head_size
@@ -73,6 +75,20 @@ def image_flops(config: ModelConfig) -> Flops:
         needed += q * (pairs + kept)
         executed += q * 2 * all_pairs
     return Flops(2 * needed, 2 * executed)
+
+
+def _swin_flops(config: ModelConfig) -> Flops:
+    assert config.patch_size is not None and config.classes is not None
+    assert config.depths is not None and config.window is not None
+    rows, columns = config.patches
+    total = rows * columns * config.channels * config.patch_size**2 * config.width
+    for stage, ((rows, columns), depth) in enumerate(zip(config.stage_grids, config.depths, strict=True)):
+        s, width = rows * columns, config.width << stage
+        side = min(rows, columns, config.window)
+        total += depth * s * (4 * width**2 + 2 * width * (config.mlp_width << stage) + 2 * side**2 * width)
+        total += s * 2 * width**2 if stage else 0  # its patches are made of four of half the width
+    total += (config.width << (len(config.depths) - 1)) * config.classes
+    return Flops(2 * total, 2 * total)
 
 
 def neighbourhood_sizes(config: ModelConfig) -> list[int]:

@@ -27,7 +27,7 @@ class Objective:
 
 def build_objective(config: ModelConfig, tp: Axis = ALONE) -> Objective:
     """Of a model whose output is cut over an axis of tensor-parallel ranks. The logits are used up."""
-    if config.kind == "vit":
+    if config.classes is not None:
         return Objective(("loss", "top1", "top5"), class_sums)
     assert config.vocab_size is not None
     vocab_size = config.vocab_size

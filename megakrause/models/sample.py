@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megakrause.models.lm import LanguageModel
+
 Step = Callable[[Tensor], Tensor]  # logits [b, s, v] after tokens int64 [b, s], which go on from those before
+
+
+def cached_step(model: LanguageModel) -> Step:
+    """A model with a new cache, which holds what went through it before."""
+    cache = model.new_cache(model.config.num_positions or 0)
+    return lambda tokens: model(tokens, cache=cache)
 
 
 def continued(

@@ -61,7 +61,7 @@ def evaluate(
     n = max(count, 1)
     loss, bits = loss / n, loss / n / math.log(2)
     match model.kind:
-        case "vit":
+        case "vit" | "swin":
             return Evaluation(loss, int(count), model.unit, top1=top1 / n, top5=top5 / n)
         case "image":
             return Evaluation(loss, int(count), model.unit, bits_per_dim=bits)

@@ -21,9 +21,9 @@ from megakrause.checkpoint.read import find_checkpoint
 from megakrause.checkpoint.write import Retention, Snapshot, save_checkpoint
 from megakrause.cli import main
 from megakrause.config.file import parse_config
-from megakrause.generate import cached_step
 from megakrause.models.build import build_model
 from megakrause.models.pictures import draw
+from megakrause.models.sample import cached_step
 from megakrause.parallel.mesh import ALONE
 
 VIT: dict[str, Any] = dict(

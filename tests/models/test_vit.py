@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megakrause import Grid
 from megakrause.analyze.attention_maps import attention_weights
 from megakrause.config import ModelConfig
-from megakrause.generate import cached_step
 from megakrause.models.build import build_language_model, build_model
 from megakrause.models.flops import flops_of_layers, image_flops, neighbourhood_sizes
 from megakrause.models.objective import class_sums
 from megakrause.models.pictures import draw, grid, upper_half
+from megakrause.models.sample import cached_step
 from megakrause.models.vit import VisionTransformer
 
 BASE: dict[str, Any] = dict(
@@ -123,12 +123,12 @@ def test_attention_maps_are_what_the_layers_compute() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(window=4), "model.window is a key of model.kind = lm or image, not of vit"),
+        (dict(window=4), "model.window is a key of model.kind = lm or image or swin, not of vit"),
         (dict(vocab_size=4), "model.vocab_size is a key of model.kind = lm, not of vit"),
         (dict(patch_size=5), r"model.patch_size = 5 does not divide model.image_size = 12; use one of \[1, 2, 3, 4"),
         (dict(classes=None), "model.classes is missing; a model of kind vit needs one"),
         (dict(attention="dual"), "model.attention = 'dual' is none of kind vit"),
-        (dict(kind="image"), "is a key of model.kind = vit, not of image"),
+        (dict(kind="image"), "is a key of model.kind = vit or swin, not of image"),
         (dict(image_size=0), "model.image_size = 0 must be at least 1"),
     ],
 )
