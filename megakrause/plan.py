@@ -251,7 +251,9 @@ def receptive_field(config: RunConfig) -> int | None:
 
 def run(config: RunConfig, gpus: int | None, gpu_name: str, count: int, json_path: Path | None) -> None:
     """Prints the plan of a config, and the best layouts of as many GPUs. Raises UserError."""
-    if config.model.vocab_size is None:
+    if config.model.kind == "swin":
+        raise UserError("a swin is not shared by tensor or pipeline parallelism, and plan does not know it yet")
+    if config.model.kind == "lm" and config.model.vocab_size is None:
         vocab_size = Tokenizer.load(config.tokenizer).vocab_size
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
     gpu, parallel = GPUS[gpu_name], config.parallel

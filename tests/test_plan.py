@@ -144,6 +144,23 @@ def test_shipped_configs_fit_the_gpus_that_they_name(path: Path) -> None:
         assert (config.train, config.optim, config.parallel) == (twin.train, twin.optim, twin.parallel)
 
 
+IMAGES = [path for kind in ("vit/kvit-*", "image/krause-*") for path in sorted((ROOT / "configs").glob(f"{kind}.toml"))]
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
+def test_configs_of_images_fit_one_gpu_and_differ_from_their_twins_in_attention_alone(path: Path) -> None:
+    config = load_config(path)
+    plan = make_plan(config, 1, GPUS["h100"])
+    assert 0 < plan.peak <= USABLE * GPUS["h100"].memory
+    name = path.name.replace("kvit", "vit").replace("krause", "softmax")
+    twin = load_config(path.with_name(name))
+    own = ("attention", "window", "top_k", "top_k_last", "sigma", "radius", "metric")
+    changes = {key: getattr(twin.model, key) for key in own}
+    assert twin.model.attention == "softmax" and config.model.model_copy(update=changes) == twin.model
+    same = ("data", "augment", "optim", "train", "parallel", "checkpoint")
+    assert all(getattr(config, section) == getattr(twin, section) for section in same)
+
+
 def test_a_search_finds_layouts_that_fit_fastest_first(small: Path) -> None:
     gpu = GPUS["h100"]
     plans = search(load_config(small), 4, gpu)

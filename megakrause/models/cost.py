@@ -19,7 +19,9 @@ from megakrause.models.block import Block
 from megakrause.models.layout import Layout, Recompute
 from megakrause.models.lm import Embedding, Head
 from megakrause.models.lora import freeze
+from megakrause.models.vit import ClassHead, PatchEmbedding
 from megakrause.ops.feature_dropout import Noise
+from megakrause.ops.grid import Grid
 from megakrause.ops.krause_launch import triton_refuses
 from megakrause.ops.rotary import rotary_angles
 from megakrause.parallel.linear import TensorParallel
@@ -83,8 +85,6 @@ class ModelCost:
 def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
     """The cost of each layer of a config whose vocab_size is known. gpu: with the backends of a GPU, not of a CPU."""
     parallel, model = config.parallel, config.model
-    assert model.vocab_size is not None
-    vocab_size = model.vocab_size
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     # A rank in the middle of the axis sends and receives most.
     tp, cp = (AbsentAxis(size // 2, size, None) for size in (parallel.tp, parallel.cp))
@@ -92,14 +92,16 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
     length = config.seq_len // cp.size
     with FakeTensorMode(), _default_dtype(dtype):
         positions = torch.arange(cp.rank * length, (cp.rank + 1) * length)
-        documents = torch.zeros(1, config.seq_len, dtype=torch.int32) if config.data.mask_documents else None
+        documents = None
+        if config.data.mask_documents and model.kind == "lm":
+            documents = torch.zeros(1, config.seq_len, dtype=torch.int32)
         rotary = (
             rotary_angles(positions, model.head_size, model.rope_theta, model.rope_scaling)
-            if model.positions == "rope"
+            if model.positions == "rope" and model.kind == "lm"
             else None
         )
         noise = None
-        if model.lora is not None and model.lora.dropout > 0:
+        if model.has_dropout:
             noise = Noise(torch.zeros(1, dtype=torch.int64), cp.rank * length)
         sequence = Sequence(cp.rank * length, length, rotary, documents, noise)
         share = len(tp.share(length)) if parallel.sequence_parallel else length
@@ -116,7 +118,12 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
             if kind != "krause":
                 kernels.append((window or config.seq_len, None))
             q = torch.empty(1, 1, 1, model.head_size)
-            takes = gpu and all(triton_refuses(q, keys, None, top_k) is None for keys, top_k in kernels)
+            if model.kind == "vit":
+                grid = Grid(*model.patches, model.radius, model.metric, model.pooling == "cls")
+                top_k = model.top_k_of_layers[layer]
+                takes = gpu and kind == "krause" and triton_refuses(q, None, grid, top_k) is None
+            else:
+                takes = gpu and all(triton_refuses(q, keys, None, top_k) is None for keys, top_k in kernels)
             here = replace(layout, backend="triton" if takes else "auto")
             made: dict[Recompute, nn.Module] = {
                 level: _Rerun(model, layer, replace(here, recompute=level)) for level in LEVELS
@@ -125,10 +132,18 @@ def measure(config: RunConfig, *, gpu: bool) -> ModelCost:
 
         first = {kind: layer for layer, kind in reversed(list(enumerate(model.attention_of_layers)))}
         kinds = {kind: block(layer) for kind, layer in first.items()}
-        tokens = torch.zeros(1, length, dtype=torch.int64)
-        embedding = run(dict.fromkeys(LEVELS, Embedding(model, vocab_size, layout)), tokens, positions)
-        head = run(dict.fromkeys(LEVELS, Head(model, vocab_size, layout.tp)), stream, length)
-    logits = length * len(tp.share(vocab_size)) * dtype.itemsize
+        if model.classes is not None:
+            height, width, channels = model.image_shape
+            given: tuple[Tensor, ...] = (torch.zeros(1, channels, height, width, dtype=torch.float32),)
+            ends: tuple[nn.Module, nn.Module] = PatchEmbedding(model, layout.tp), ClassHead(model, layout.tp)
+            logits = model.classes * dtype.itemsize
+        else:
+            assert model.vocab_size is not None
+            given = torch.zeros(1, length, dtype=torch.int64), positions
+            ends = Embedding(model, model.vocab_size, layout), Head(model, model.vocab_size, layout.tp)
+            logits = length * len(tp.share(model.vocab_size)) * dtype.itemsize
+        embedding = run(dict.fromkeys(LEVELS, ends[0]), *given)
+        head = run(dict.fromkeys(LEVELS, ends[1]), stream, length)
     return ModelCost(embedding, tuple(kinds[k] for k in model.attention_of_layers), head, logits, stream.nbytes)
 
 

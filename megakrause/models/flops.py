@@ -22,13 +22,18 @@ def flops_per_unit(config: ModelConfig, seq_len: int) -> float:
 
 
 def flops_of_layers(config: ModelConfig, seq_len: int) -> list[float]:
-    """Of each block and of the head of a decoder, for one token: forward and twice as many backward. Frozen weights
-    have no gradients, and so one product less; what adapters add is not counted.
+    """Of each block and of the head, for one token, or one patch of a vit: forward and twice as many backward. Frozen
+    weights have no gradients, and so one product less; what adapters add is not counted.
 
     A query meets at most its layer's `window` keys, or (seq_len + 1) / 2 on average; document masks are not taken into
     account."""
-    assert config.vocab_size is not None
     q, kv, width = config.heads * config.head_size, config.num_kv_heads * config.head_size, config.width
+    if config.kind == "vit":
+        # Of an image, evenly on its patches and layers; all pairs of patches are computed.
+        assert config.classes is not None
+        head = 6 * width * config.classes / seq_len
+        return [(3 * image_flops(config).executed / seq_len - head) / config.layers] * config.layers + [head]
+    assert config.vocab_size is not None
 
     passes = 3 if config.lora is None else 2
 

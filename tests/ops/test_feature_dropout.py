@@ -78,3 +78,16 @@ def test_drops_are_even_and_independent(dropout: float) -> None:
 
 def test_all_of_a_threshold() -> None:
     assert kept(keys_of(2, 50), 0, 100, 0.0).all()
+
+
+def test_whole_sequences_are_left_out_evenly_and_wherever_they_stand() -> None:
+    seeds = torch.arange(20000)
+    x = torch.ones(20000, 2, 3, dtype=torch.float64, requires_grad=True)
+    y = Noise(seeds, 0).drop_sequences(x, 7, 0.2)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, y)
+    assert set(y.unique().tolist()) == {0.0, 1.25} and bool((y == y[:, :1, :1]).all())
+    assert abs(float((y[:, 0, 0] == 0).double().mean()) - 0.2) < 5 * (0.2 * 0.8 / 20000) ** 0.5
+    part = slice(100, 150)
+    assert torch.equal(Noise(seeds[part], 9).drop_sequences(x[part], 7, 0.2), y[part])
+    assert not torch.equal(Noise(seeds, 0).drop_sequences(x, 8, 0.2), y)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakrause.ops.cross_entropy import cross_entropy_sum
-from megakrause.parallel.collectives import copy, gather, reduce, reduce_scatter, scatter
+from megakrause.parallel.collectives import collect, copy, gather, reduce, reduce_scatter, scatter
 from megakrause.parallel.linear import ColumnParallelLinear, RowParallelLinear, Shard, TensorParallel
 from megakrause.parallel.mesh import Axis
 from megakrause.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy_sum
@@ -56,6 +56,7 @@ def each_collective(axis: Axis, total: int, dim: int) -> dict[str, Any]:
         "gather": (lambda x: gather(x, axis, dim, total), cut),
         "reduce_scatter": (lambda x: reduce_scatter(x, axis, dim), shape),
         "scatter": (lambda x: scatter(x, axis, dim), shape),
+        "collect": (lambda x: collect(x, axis, dim, total), cut),
     }
     found: dict[str, Any] = {}
     for number, (name, (function, size)) in enumerate(functions.items()):
@@ -90,6 +91,8 @@ def test_collectives_are_what_their_table_says(pool: Pool, size: int, dim: int, 
                     expected = part(sum(xs), axis, dim), torch.cat(upstreams, dim)
                 case "scatter":
                     expected = part(x, axis, dim), torch.cat(upstreams, dim)
+                case "collect":
+                    expected = torch.cat(xs, dim), part(upstream, axis, dim)
             torch.testing.assert_close((out, grad), expected, **EXACT)
 
 
