@@ -52,6 +52,11 @@ def _verify_corpus(path: str, tokenizer: str | None, dtype: str | None) -> str:
     found = verify_corpus(path, Tokenizer.load(tokenizer) if tokenizer else None, dtype)
     documents = "" if found["documents"] is None else f" in {found['documents']:,} documents"
     hashes = "all checksums match" if found["hashed"] else "no manifest, so no checksums"
+    if found["classes"]:
+        return (
+            f"{found['corpus']}: {found['files']} files, {found['bytes'] / 2**20:.1f} MiB, "
+            f"{found['documents']:,} images of {found['classes']} classes, {hashes}"
+        )
     ids = "" if found["vocab_size"] else "; token ids not checked, give --tokenizer"
     return (
         f"{found['corpus']}: {found['files']} files, {found['bytes'] / 2**20:.1f} MiB, {found['tokens']:,} tokens"

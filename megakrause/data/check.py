@@ -24,8 +24,8 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
     Without a manifest there are no hashes to check, the vocabulary is `tokenizer`'s, and one line on standard error
     warns where its separator is not found.
 
-    Returns what was checked: corpus, files, bytes, tokens, documents, vocab_size, hashed. Raises UserError that names
-    the first thing wrong, its file and place."""
+    Returns what was checked: corpus, files, bytes, tokens, documents, vocab_size, classes (of images), hashed. Raises
+    UserError that names the first thing wrong, its file and place."""
     prefix = corpus_prefix(path)
     manifest = shard_manifest(prefix)
     if manifest:
@@ -65,6 +65,7 @@ def verify_corpus(path: str | Path, tokenizer: Tokenizer | None = None, dtype: s
         "tokens": corpus.num_tokens,
         "documents": corpus.num_documents,
         "vocab_size": vocab_size,
+        "classes": len(corpus.manifest.images.classes) if corpus.manifest and corpus.manifest.images else None,
         "hashed": any(blob.hashes for blob in blobs),
     }
 

@@ -80,7 +80,7 @@ def records(prefix: str | Path) -> list[tuple[int, bytes]]:
 # ---- preparation
 
 
-def test_class_folders_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_class_folders_are_kept_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = class_folders(tmp_path / "raw")
     (root / "ant" / "notes.txt").write_text("no image")
     summary = prepare_images([str(root)], tmp_path / "out")
@@ -89,6 +89,7 @@ def test_class_folders_are_kept_as_they_are(tmp_path: Path) -> None:
     expected = [(["ant", "bee", "cat"].index(path.parent.name), path.read_bytes()) for path in paths]
     assert records(tmp_path / "out") == expected
     assert main(["verify", str(tmp_path / "out")]) == 0
+    assert "12 images of 3 classes, all checksums match" in capsys.readouterr().out
 
 
 def parquet(path: Path, rows: list[dict[str, Any]], names: list[str] | None) -> None:
