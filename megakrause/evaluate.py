@@ -17,6 +17,7 @@ from megakrause.parallel.mesh import Mesh
 from megakrause.training.evaluate import Evaluation, evaluate
 
 TOKENS_AT_ONCE = 4096
+VALUES_AT_ONCE = 1 << 16  # of images, or patches
 
 
 @torch.no_grad()
@@ -35,14 +36,15 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
     assert valid is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(checkpoint, device)
-    objective, size = build_objective(model.config), max(1, TOKENS_AT_ONCE // config.seq_len)
+    objective, images = build_objective(model.config), isinstance(valid, ImageSamples)
+    size = max(1, (VALUES_AT_ONCE if images else TOKENS_AT_ONCE) // config.seq_len)
 
     def sums(batch: Batch) -> tuple[list[float], int]:
         batch = batch.to(device)
         values = objective.sums(model(*batch.inputs), batch.targets, batch.loss_mask)
         return values.tolist(), int(batch.loss_mask.sum())
 
-    batches = eval_batches(valid, batch=size, rank=0, ranks=1, limit=0)
+    batches = eval_batches(valid, batch=size, rank=0, ranks=1, limit=0, prefetch=2 if images else 0)
     total = num_eval_batches(valid, batch=size, ranks=1, limit=0)
     bytes_per_token = valid.corpus.bytes_per_token if isinstance(valid, TokenWindows) else None
     return evaluate(sums, batches, Mesh.alone(device), model.config, bytes_per_token, total)

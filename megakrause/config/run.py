@@ -7,14 +7,14 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, model_validator
 
-from megakrause.config.data import AugmentConfig, DataConfig
+from megakrause.config.data import AugmentConfig, DataConfig, SourceConfig
 from megakrause.config.model import ModelConfig
 from megakrause.config.section import Section
 from megakrause.errors import UserError
 
 
 class OptimConfig(Section):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); norms, biases and log_sigma are not decayed."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101). What has one dim (norms, biases, log_sigma) is not decayed."""
 
     lr: float = Field(gt=0)
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end")
@@ -213,8 +213,13 @@ class RunConfig(Section):
             )
         if self.data.tokenizer is not None:
             raise ValueError("data.tokenizer is for text; leave it out")
-        if len(self.data.sources) > 1:
-            raise ValueError("data.train lists several sources; images are read from one PREFIX")
+        if self.data.sources != [SourceConfig(path=self.data.sources[0].path)]:
+            raise ValueError("data.train has weights, epochs or several sources; images are read from one PREFIX")
+        if model.kind == "image" and length is not None and length % self.parallel.cp:
+            legal = [n for n in range(1, 65) if length % n == 0]
+            raise ValueError(
+                f"parallel.cp = {self.parallel.cp} cannot share {length} positions of an image; use one of {legal}"
+            )
         if model.kind == "image" and self.augment.model_copy(update={"flip": False}) != AugmentConfig():
             raise ValueError("section 'augment': an image model learns the images as they are; it takes only flip")
         for name, values in [("mean", self.augment.mean), ("std", self.augment.std)]:

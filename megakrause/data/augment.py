@@ -5,13 +5,15 @@ those that RandAugment and its recipes were made of. Whatever is random comes fr
 sample in the run), so that a sample is the same for any number of workers and ranks.
 
 Gray images become colour ones and the other way round, as a model needs; of CMYK, palettes and transparency remains the
-colour; 16 bits a channel become 8. An image that is smaller than the model's is enlarged.
+colour; 16 bits a channel become 8; pixels of 32 bits, which have no known range, are refused. An image that is smaller
+than the model's is enlarged.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +27,7 @@ LEVELS = 30  # of RandAugment's magnitude
 GRAY = 128  # fills what an operation moves away from
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PIXELS, ERASING, MIXING = range(3)  # what a sample's generators are for
 
 
@@ -33,12 +36,38 @@ def generator(key: int, number: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([key, number], np.uint64), counter=purpose << 128))
 
 
+class NoImage(Exception):
+    """A file that cannot be decoded."""
+
+
 def decode(content: bytes, channels: int) -> Image.Image:
-    """An image file as gray (1 channel) or RGB (3). Raises OSError, ValueError or SyntaxError when it is damaged."""
-    image: Image.Image = Image.open(io.BytesIO(content))
-    image.load()
-    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """An image file as gray (1 channel) or RGB (3). Raises NoImage."""
+    return _converted(opened(content), channels)
+
+
+def opened(content: bytes) -> Image.Image:
+    """An image file of 8 bits a channel, in a mode that becomes gray or RGB. Raises NoImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Of other formats, some are handed on to other programs.
+            image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image.load()
+            if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PPM":
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut off at 255
+            if image.mode in ("I", "F"):
+                raise NoImage("pixels of 32 bits")
+            _converted(image.resize((1, 1)), 3)
+            return image
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise almost anything
+        said = str(error) if content and "BytesIO" not in str(error) else "no image of a known format"
+        raise NoImage(said or type(error).__name__) from error
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    image = image if image.mode == "L" else image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 

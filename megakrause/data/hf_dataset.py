@@ -67,7 +67,7 @@ def read_dataset(name: str, stamp: str, columns: tuple[str, ...], start: int) ->
     except UserError:
         raise
     except Exception as error:  # `datasets` and what it builds on raise dozens of types
-        raise _cannot_read(name, error) from error
+        raise cannot_read(name, error) from error
 
 
 def open_dataset(name: str, stamp: str) -> Any:
@@ -77,7 +77,7 @@ def open_dataset(name: str, stamp: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # `datasets` and what it builds on raise dozens of types
-        raise _cannot_read(name, error) from error
+        raise cannot_read(name, error) from error
 
 
 def _parse(name: str) -> _Name:
@@ -92,7 +92,7 @@ def _revision(name: str, repository: str) -> str:
     try:
         return HfApi().dataset_info(repository).sha or ""
     except Exception as error:  # of the network, of the hub, of the name
-        raise _cannot_read(name, error) from error
+        raise cannot_read(name, error) from error
 
 
 def _open(dataset: _Name, revision: str) -> Any:
@@ -112,6 +112,6 @@ def _open(dataset: _Name, revision: str) -> Any:
     return saved.to_iterable_dataset()
 
 
-def _cannot_read(name: str, error: Exception) -> UserError:
+def cannot_read(name: str, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"cannot read the dataset {name}: {reason}")

@@ -17,7 +17,7 @@ import pyarrow as arrow
 from PIL import Image
 from pyarrow import parquet
 
-from megakrause.data.hf_dataset import describe_dataset, is_dataset, open_dataset
+from megakrause.data.hf_dataset import cannot_read, describe_dataset, is_dataset, open_dataset
 from megakrause.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -112,8 +112,13 @@ class ImageSource:
 
         image, label = self._fields
         rows = open_dataset(self.name, self.stamp()).cast_column(image, datasets.Image(decode=False))
-        for i, row in enumerate(rows.skip(start), start):
-            yield Found(f"{self.name}, row {i}", _content(row[image]), row[label])
+        try:
+            for i, row in enumerate(rows.skip(start), start):
+                yield Found(f"{self.name}, row {i}", _content(row[image]), row[label])
+        except UserError:
+            raise
+        except Exception as error:  # `datasets` and what it builds on raise dozens of types
+            raise cannot_read(self.name, error) from error
 
 
 def _content(value: Any) -> bytes:

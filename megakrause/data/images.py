@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,7 @@ import torch
 
 from megakrause.batch import Batch, ImageBatch, TokenBatch
 from megakrause.config import AugmentConfig, ModelConfig
-from megakrause.data.augment import ERASING, MIXING, PIXELS, View, erase, generator, mixing
+from megakrause.data.augment import ERASING, MIXING, PIXELS, NoImage, View, erase, generator, mixing
 from megakrause.data.encode import start_worker
 from megakrause.data.order import key_of, permute
 from megakrause.data.remote import BlockCache
@@ -22,7 +23,7 @@ from megakrause.data.shards import Corpus
 from megakrause.errors import UserError
 
 LABEL = np.dtype("<i4")  # before every image
-HASHED = 1 << 20  # bytes of a corpus of images that are hashed together: about what one image needs
+HASHED = 1 << 18  # bytes of a corpus of images that are hashed, and so read, together
 
 
 class ImageRecords:
@@ -141,18 +142,21 @@ class ImageSamples:
         labels, pixels = self._load(numbers)
         kept, mask = torch.from_numpy(samples), torch.from_numpy(there)
         if self._model.kind == "image":
-            values = np.zeros((len(samples), pixels[0].size if len(pixels) else 1), np.int64)
-            values[there] = pixels.reshape(len(pixels), -1)
+            size = math.prod(self._model.image_shape)
+            values = np.zeros((len(samples), size), np.int64)
+            values[there] = pixels.reshape(len(pixels), size)
             tokens = torch.from_numpy(values)
             learnt = mask[:, None].expand(-1, tokens.shape[1] - 1)
             return TokenBatch(tokens[:, :-1], tokens[:, 1:], learnt, None, kept)
         images, targets = self._normalized(numbers, labels, pixels)
         if self._mixes:
             images, targets = self._mixed(numbers, wanted, images, targets)
-        rows = np.zeros((len(samples), *images.shape[1:]), np.float32)
-        shares = np.zeros((len(samples), targets.shape[1]), np.float32)
-        rows[there], shares[there] = images, targets
-        return ImageBatch(torch.from_numpy(rows), torch.from_numpy(shares), mask, kept)
+        if not there.all():
+            rows = np.zeros((len(samples), *images.shape[1:]), np.float32)
+            shares = np.zeros((len(samples), targets.shape[1]), np.float32)
+            rows[there], shares[there] = images, targets
+            images, targets = rows, shares
+        return ImageBatch(torch.from_numpy(images), torch.from_numpy(targets), mask, kept)
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:
         """uint8 [b, height, width, c] of samples [b], before anything is made of the numbers. Raises UserError."""
@@ -165,9 +169,10 @@ class ImageSamples:
     def _normalized(self, numbers: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """float32 [n, c, height, width], with parts erased, and smoothed targets, float32 [n, classes]"""
         augment, channels = self._augment, self._model.channels
-        mean, std = (np.array(x or [0.5] * channels, np.float32) for x in (augment.mean, augment.std))
-        images = ((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
-        images = np.ascontiguousarray(images)
+        mean, std = (np.array(x or [0.5] * channels, np.float32)[:, None, None] for x in (augment.mean, augment.std))
+        images = pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        images *= 1 / (255 * std)
+        images -= mean / std
         smoothing = augment.label_smoothing if self._training else 0.0
         targets = np.full((len(labels), len(self.classes)), smoothing / len(self.classes), np.float32)
         targets[np.arange(len(labels)), labels] += 1 - smoothing
@@ -219,17 +224,19 @@ class ImageSamples:
 
     @property
     def _in_worker(self) -> _Job:
-        return _Job(self.name, self.fingerprint, self._view, self._key)
+        cache = None if self._cache is None else (self._cache.folder, self._cache.limit)
+        return _Job(self.name, self.fingerprint, self._view, self._key, cache)
 
 
 class _Job:
     """What a worker does with (number of a sample, image in the corpus) pairs."""
 
-    def __init__(self, prefix: str, fingerprint: str, view: View, key: int):
-        self.prefix, self.fingerprint, self.view, self.key = prefix, fingerprint, view, key
+    def __init__(self, prefix: str, fingerprint: str, view: View, key: int, cache: tuple[Any, int] | None):
+        """cache: folder and size of a `BlockCache`."""
+        self.prefix, self.fingerprint, self.view, self.key, self.cache = prefix, fingerprint, view, key, cache
 
     def __call__(self, work: Sequence[tuple[int, int]]) -> list[tuple[int, np.ndarray]]:
-        records = _records(self.prefix, self.fingerprint)
+        records = _records(self.prefix, self.fingerprint, self.cache)
         return [view_of(records, self.view, self.key, number, index) for number, index in work]
 
 
@@ -238,13 +245,13 @@ def view_of(records: ImageRecords, view: View, key: int, number: int, index: int
     label, content = records[index]
     try:
         return label, view(content, generator(key, number, PIXELS))
-    except (OSError, ValueError, SyntaxError) as error:
+    except NoImage as error:
         raise UserError(f"{records.corpus.prefix}: image {index} cannot be decoded: {error}") from error
 
 
 @lru_cache(maxsize=4)
-def _records(prefix: str, fingerprint: str) -> ImageRecords:
-    records = ImageRecords(prefix)
+def _records(prefix: str, fingerprint: str, cache: tuple[Any, int] | None) -> ImageRecords:
+    records = ImageRecords(prefix, None if cache is None else BlockCache(*cache))
     if records.corpus.fingerprint != fingerprint:
         raise UserError(f"{prefix} changed while it was in use")
     return records

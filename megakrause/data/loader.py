@@ -57,11 +57,16 @@ def _train_batches(
         yield samples.batch(mine), position
 
 
-def eval_batches(windows: Epoch[B], *, batch: int, rank: int, ranks: int, limit: int) -> Iterator[B]:
+def eval_batches(windows: Epoch[B], *, batch: int, rank: int, ranks: int, limit: int, prefetch: int = 0) -> Iterator[B]:
     """This rank's batches [batch, s] of one pass over the first `limit` windows in order (0: all).
 
     Every window stands on one rank in one batch. All ranks have equally many batches; rows beyond the last window are
-    all padding, with loss_mask False."""
+    all padding, with loss_mask False. `prefetch` batches are read ahead in a thread; 0: none."""
+    batches = _eval_batches(windows, batch, rank, ranks, limit)
+    return _prefetched(batches, prefetch) if prefetch else batches
+
+
+def _eval_batches(windows: Epoch[B], batch: int, rank: int, ranks: int, limit: int) -> Iterator[B]:
     windows_wanted = min(len(windows), limit) if limit else len(windows)
     for number in range(num_eval_batches(windows, batch=batch, ranks=ranks, limit=limit)):
         indices = (number * ranks + rank) * batch + np.arange(batch)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import xxhash
 from PIL import Image
 from tqdm import tqdm
 
+from megakrause.data.augment import FORMATS, NoImage, opened
 from megakrause.data.encode import start_worker
 from megakrause.data.image_sources import Found, ImageSource
 from megakrause.data.images import HASHED, LABEL
@@ -34,7 +34,6 @@ from megakrause.errors import UserError
 
 GROUP = 64  # images that a worker looks at together
 SAVE_SECONDS = 3.0  # of work that a kill can cost
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 ENOUGH = 1000  # images, of which a share means something
 
 
@@ -70,9 +69,8 @@ def prepare_images(
     named = [source.classes for source in sources if source.classes is not None]
     if classes is None and named:
         classes = named[0]
-        for source in sources:
-            if source.classes is not None and source.classes != classes:
-                raise UserError(f"{source.name} has classes {source.classes}, {sources[0].name} has {classes}")
+        if other := [source for source in sources if source.classes not in (None, classes)]:
+            raise UserError(f"{other[0].name} has classes {other[0].classes}, inputs before it have {classes}")
     stamps = xxhash.xxh3_128_hexdigest(repr([source.stamp() for source in sources]).encode())
     settings = {"inputs": stamps, "classes": classes, "shard_bytes": shard_bytes, "fields": [image_field, label_field]}
     if not overwrite and manifest_path(prefix).exists():
@@ -83,7 +81,7 @@ def prepare_images(
         if writer.anew:
             tqdm.write(f"{prefix}: begins anew, for {writer.anew}", file=sys.stderr)
         run = _Run(writer, classes, max_rejected)
-        images = chain.from_iterable(_from(sources, run.done))
+        images = _from(sources, run.done)
         totals = [source.total for source in sources]
         total = None if None in totals else sum(total or 0 for total in totals)
         with tqdm(total=total, initial=run.done, desc="preparing", unit="image", unit_scale=True) as bar:
@@ -93,12 +91,19 @@ def prepare_images(
         return run.finish()
 
 
-def _from(sources: list[ImageSource], start: int) -> Iterator[Iterator[Found]]:
+def _from(sources: list[ImageSource], start: int) -> Iterator[Found]:
     """The images of all from the start-th on."""
     for source in sources:
-        if source.total is None or start < source.total:
-            yield source.read(start)
-        start = 0 if source.total is None else max(0, start - source.total)
+        if source.total is None:  # which are read again, and not looked at
+            for found in source.read():
+                if start:
+                    start -= 1
+                else:
+                    yield found
+            continue
+        if start < source.total:
+            yield from source.read(start)
+        start = max(0, start - source.total)
 
 
 def _examined(images: Iterator[Found], workers: int) -> Iterator[tuple[list[Found], list[Any]]]:
@@ -132,18 +137,13 @@ def _examine(contents: list[bytes]) -> list[tuple[str, tuple[int, int]] | str]:
     results: list[tuple[str, tuple[int, int]] | str] = []
     for content in contents:
         try:
-            with warnings.catch_warnings(), Image.open(BytesIO(content)) as image:
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image.load()
-                results.append((image.mode, image.size))
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-        ) as error:
-            results.append("empty" if not content else str(error).replace(str(BytesIO), "").strip() or "no image")
+            with Image.open(BytesIO(content), formats=FORMATS) as header:
+                mode = header.mode
+            results.append((mode, opened(content).size))
+        except NoImage as error:
+            results.append(str(error))
+        except Exception:  # of a header that is none
+            results.append("no image of a known format")
     return results
 
 
@@ -164,6 +164,7 @@ class _Run:
     def add(self, group: list[Found], examined: list[Any]) -> None:
         records: list[bytes] = []
         for found, result in zip(group, examined, strict=True):
+            self.done += 1
             if isinstance(result, str):
                 self._quarantine.add([Rejected(found.place, None, result)])
                 self._rejected += 1
@@ -178,7 +179,6 @@ class _Run:
         if records:
             content = np.frombuffer(b"".join(records), np.uint8)
             self._writer.add(content, np.array([len(record) for record in records]), 0)
-        self.done += len(group)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._writer.save(self._progress())
             self._saved = time.monotonic()
@@ -227,6 +227,6 @@ class _Run:
 
     def _too_many(self) -> str:
         return (
-            f"{self._rejected} of {self.done or self._rejected} images cannot be decoded, more than --max-rejected "
+            f"{self._rejected} of {self.done} images cannot be decoded, more than --max-rejected "
             f"allows, see {self._quarantine.path}"
         )

@@ -57,7 +57,8 @@ def write_vit(source: Checkpoint, folder: Path, dtype: torch.dtype) -> float:
     assert isinstance(model, VisionTransformer)
     for param in model.parameters():
         param.data = param.data.to(dtype).float()
-    theirs = _theirs(run.model, [str(i) for i in range(run.model.classes or 0)], dtype)
+    names = source.state.get("classes") or [str(i) for i in range(run.model.classes or 0)]
+    theirs = _theirs(run.model, names, dtype)
     _fill(theirs, model)
     theirs.save_pretrained(folder)
     if isinstance(theirs, MegakrauseViTForImageClassification):

@@ -290,7 +290,9 @@ class Trainer:
         valid, mesh, train = self.valid, self.mesh, self.config.train
         assert valid is not None
         share = {"batch": self.engine.micro_batch, "ranks": mesh.dp.size, "limit": train.eval_sequences}
-        batches, total = eval_batches(valid, rank=mesh.dp.rank, **share), num_eval_batches(valid, **share)
+        ahead = 2 if isinstance(valid, ImageSamples) else 0  # decoded meanwhile
+        batches = eval_batches(valid, rank=mesh.dp.rank, prefetch=ahead, **share)
+        total = num_eval_batches(valid, **share)
 
         def sums(batch: Batch) -> tuple[list[float], int]:
             watch.progress(self.step)
@@ -334,6 +336,7 @@ class Trainer:
                 "batches": list(self.batches.changes),
                 "guard": self.guard.state,
                 "tokenizer": self.tokenizer.fingerprint if self.tokenizer else "",
+                **({"classes": self.samples.classes} if isinstance(self.samples, ImageSamples) else {}),
             },
             files={"config.toml": self.config.to_toml().encode()} | (self.tokenizer.files if self.tokenizer else {}),
         )

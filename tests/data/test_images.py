@@ -20,7 +20,7 @@ from PIL import Image
 from megakrause.batch import ImageBatch, TokenBatch
 from megakrause.cli import main
 from megakrause.config import AugmentConfig, ModelConfig
-from megakrause.data.augment import OPERATIONS, View, decode, erase, generator, mixing
+from megakrause.data.augment import OPERATIONS, NoImage, View, decode, erase, generator, mixing
 from megakrause.data.images import ImageRecords, ImageSamples
 from megakrause.data.loader import eval_batches, train_batches
 from megakrause.data.prepare import tokenize_corpus
@@ -206,7 +206,53 @@ def test_preparation_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: py
     assert Path(f"{tmp_path}/out.bin").read_bytes() == Path(f"{tmp_path}/whole.bin").read_bytes()
 
 
+def test_a_source_of_unknown_length_is_gone_on_with_where_it_was() -> None:
+    from megakrause.data.image_sources import Found
+    from megakrause.data.prepare_images import _from
+
+    class Source:
+        def __init__(self, name: str, count: int, known: bool):
+            self.name, self.count, self.total = name, count, count if known else None
+
+        def read(self, start: int = 0) -> Any:
+            return (Found(f"{self.name}{i}", b"", 0) for i in range(start, self.count))
+
+    for known in ([False, False, False], [True, False, True], [True, True, True]):
+        sources: list[Any] = [Source(n, c, k) for n, c, k in zip("abc", (5, 4, 3), known, strict=True)]
+        everything = [found.place for found in _from(sources, 0)]
+        assert len(everything) == 12
+        for start in range(13):
+            assert [found.place for found in _from(sources, start)] == everything[start:]
+
+
 # ---- decoding
+
+
+def test_rows_of_padding_alone(corpus: str) -> None:
+    image = ModelConfig(kind="image", image_size=SIDE, layers=1, width=8, heads=1, mlp_width=8, window=4)
+    for model, shape in ((vit(), (2, 3, SIDE, SIDE)), (image, (2, 3 * SIDE**2 - 1))):
+        made = ImageSamples(corpus, model, AugmentConfig()).batch(np.array([-1, -1]))
+        assert made.inputs[0].shape == shape and not made.loss_mask.any()
+
+
+def test_only_known_formats_are_opened_and_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS file would be handed to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    flat = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(flat, "TIFF")
+    for content in (eps, b"", b"GIF89a", flat.getvalue(), encoded(picture())[:40]):
+        with pytest.raises(NoImage):
+            decode(content, 3)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sixteen_bits_of_other_formats() -> None:
+    ramp = np.arange(0, 65536, 256, dtype=">u2").reshape(16, 16)
+    content = b"P5 16 16 65535\n" + ramp.tobytes()
+    assert np.array_equal(np.asarray(decode(content, 1)), ramp >> 8)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "I;16", "1", "YCbCr"])
@@ -288,10 +334,11 @@ def batches(prefix: str, ranks: int, workers: int, model: ModelConfig, steps: in
         augment = EVERYTHING if model.kind == "vit" else AugmentConfig(flip=True)
         samples = ImageSamples(prefix, model, augment, seed=3, workers=workers)
         made = train_batches(samples, global_batch=12, rank=rank, ranks=ranks, start=0, prefetch=2)
-        parts.append([next(made)[0].inputs for _ in range(steps)])
+        parts.append([next(made)[0] for _ in range(steps)])
         made.close()
         samples.close()
-    return [torch.cat([part[step][0] for part in parts]) for step in range(steps)]
+    rows = [[torch.cat([one.inputs[0].flatten(1).float(), one.targets.float()], 1) for one in part] for part in parts]
+    return [torch.cat([part[step] for part in rows]) for step in range(steps)]
 
 
 @pytest.mark.parametrize("kind", ["vit", "image"])
