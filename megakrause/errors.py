@@ -31,7 +31,7 @@ class Stopped(Exception):
             print(f"stopped: {self}", file=sys.stderr, flush=True)
 
 
-OTHERS_SECONDS = 1.0
+OTHERS_SECONDS = 10.0  # on a busy machine; the one that says why ends at once, and its launcher ends them
 STOPPED = 75  # exit status of the above; sysexits.h: "temporary failure, the user is invited to retry"
 
 
