@@ -137,7 +137,7 @@ def test_corpora_of_other_software_open(tmp_path: Path) -> None:
     assert corpus.num_bytes is None and corpus.manifest is None
     assert verify_corpus(prefix) == {
         "corpus": prefix, "files": 2, "bytes": 80 + 34 + 12 * 4 + 8 * 5 + 4, "tokens": 10, "documents": 4,
-        "vocab_size": None, "hashed": False,
+        "vocab_size": None, "classes": None, "hashed": False,
     }  # fmt: skip
     before = corpus.fingerprint
     write_foreign(tmp_path / "foreign", [3, 0, 4, 2], [0, 0, 2, 4, 4], tokens[:9])

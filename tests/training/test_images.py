@@ -79,7 +79,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2-pp2-sp": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
     "zero1-tp2-dp2": (4, ["parallel.tp=2", "parallel.zero=1", "train.micro_batch=2"]),
 }
-NORMAL = [("vit", "dp2"), ("image", "pp2")]
+NORMAL = [("vit", "dp2")]
 
 
 @pytest.fixture(scope="module")

@@ -213,12 +213,10 @@ def test_bfloat16_in_a_layout_equals_one_process_by_its_own_last_place(half_runs
     half_runs.check(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [
-        pytest.param({"dp": 2, "zero": 3}, marks=pytest.mark.slow),
-        {"tp": 2, "pp": 2, "tied": True, "attention": "mixed", "micro_batch": 2},
-    ],
+    [{"dp": 2, "zero": 3}, {"tp": 2, "pp": 2, "tied": True, "attention": "mixed", "micro_batch": 2}],
 )
 def test_what_one_layout_begins_another_goes_on_with(runs: Runs, tmp_path: Path, layout: dict[str, Any]) -> None:
     case = PLAIN | layout
