@@ -7,6 +7,7 @@ import glob
 import os
 import sys
 
+from megakrause.cli_arguments import number_or_share, positive
 from megakrause.data.prepare_images import prepare_images
 from megakrause.errors import UserError, run_command
 
@@ -23,23 +24,6 @@ Files are kept as they are. Every one is decoded once: what cannot be is listed 
 a label that is no class stops it, and so does a class without images. Gray, CMYK, 16-bit and transparent images are
 kept and become what a model needs when they are read. Interrupted or killed, the same command goes on.
 """
-
-
-def number_or_share(text: str) -> int | float:
-    """ "5" is 5, "5%" is 0.05."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else int(text)
-        if value < 0 or (isinstance(value, float) and not value <= 1):
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is neither a number, as 25, nor a percentage, as 0.5%") from None
-    return value
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 def main() -> None:

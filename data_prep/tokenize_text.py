@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from megakrause.cli_arguments import number_or_share, positive
 from megakrause.data.inputs import INPUT_HELP, SUFFIX_HELP, SUFFIXES
 from megakrause.data.instructions import Instructions
 from megakrause.data.prepare import tokenize_corpus
@@ -30,23 +31,6 @@ or a dataset is one; .gz and .zst files of text and JSON lines are read as they 
 tokenizer's separator. What cannot be read is listed in PREFIX.quarantine.jsonl; a file that cannot be read to its end
 stops it, unless --skip-damaged is given. Interrupted or killed, the same command goes on.
 """
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def number_or_share(text: str) -> int | float:
-    """ "5" is 5, "5%" is 0.05."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else int(text)
-        if value < 0 or (isinstance(value, float) and not value <= 1):
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is neither a number, as 25, nor a percentage, as 0.5%") from None
-    return value
 
 
 def main() -> None:

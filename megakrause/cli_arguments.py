@@ -27,6 +27,17 @@ def positive(text: str) -> int:
     return value
 
 
+def number_or_share(text: str) -> int | float:
+    """ "5" is 5, "5%" is 0.05."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else int(text)
+        if value < 0 or (isinstance(value, float) and not value <= 1):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number, as 25, nor a percentage, as 0.5%") from None
+    return value
+
+
 def not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -21,6 +14,7 @@ from megakrause.data.quarantine import Rejected
 from megakrause.data.records import ReadOptions
 from megakrause.data.sources import Part, read_part
 from megakrause.data.tokenizer import Tokenizer
+from megakrause.data.workers import in_order
 from megakrause.errors import UserError
 
 Identity = tuple[str, str | None]  # of a tokenizer and its chat template
@@ -59,26 +53,8 @@ def encode_groups(
         for group in groups:
             yield group, _encode(group, tokenizer, options)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pending: deque[tuple[list[Part], Future[Encoded]]] = deque()
-    with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        try:
-            for group in groups:
-                pending.append(
-                    (group, pool.submit(_encode_in_worker, group, tokenizer.path, _identity(tokenizer), options))
-                )
-                if len(pending) == 4 * workers:
-                    group, work = pending.popleft()
-                    yield group, work.result()
-            while pending:
-                group, work = pending.popleft()
-                yield group, work.result()
-        except BrokenProcessPool as error:
-            raise UserError("a worker process died, perhaps for want of memory; use fewer workers") from error
-        finally:
-            for _, work in pending:
-                work.cancel()
+    work = partial(_encode_in_worker, path=tokenizer.path, identity=_identity(tokenizer), options=options)
+    yield from in_order(groups, work, workers, __name__)
 
 
 def _encode(parts: list[Part], tokenizer: Tokenizer, options: EncodeOptions) -> Encoded:
@@ -131,20 +107,6 @@ def _identity(tokenizer: Tokenizer) -> Identity:
 @lru_cache(maxsize=1)
 def _encoder(tokenizer: Tokenizer, options: Instructions) -> InstructionEncoder:
     return InstructionEncoder(tokenizer, options)
-
-
-def start_worker() -> None:
-    """Requests to end are the parent's to handle, and a worker does not outlive it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler sends them to all processes
-        signal.signal(number, signal.SIG_IGN)
-
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _encode_in_worker(parts: list[Part], path: str, identity: Identity, options: EncodeOptions) -> Encoded:

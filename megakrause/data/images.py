@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,10 +15,10 @@ import torch
 from megakrause.batch import Batch, ImageBatch, TokenBatch
 from megakrause.config import AugmentConfig, ModelConfig
 from megakrause.data.augment import ERASING, MIXING, PIXELS, NoImage, View, erase, generator, mixing
-from megakrause.data.encode import start_worker
 from megakrause.data.order import key_of, permute
 from megakrause.data.remote import BlockCache
 from megakrause.data.shards import Corpus
+from megakrause.data.workers import worker_died, worker_pool
 from megakrause.errors import UserError
 
 LABEL = np.dtype("<i4")  # before every image
@@ -87,9 +86,7 @@ class ImageSamples:
         self._pool: ProcessPoolExecutor | None = None
         self._workers = workers
         if workers:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self._pool = ProcessPoolExecutor(workers, context, start_worker)
+            self._pool = worker_pool(workers, __name__)
 
     def __len__(self) -> int:
         """Images of an epoch."""
@@ -214,7 +211,7 @@ class ImageSamples:
             try:
                 found = [one for part in self._pool.map(self._in_worker, parts) for one in part]
             except BrokenProcessPool as error:
-                raise UserError("a worker process died, perhaps for want of memory; use fewer data.workers") from error
+                raise worker_died("data.workers") from error
         labels = np.array([label for label, _ in found], np.int64)
         empty = np.empty((0, *self._model.image_shape), np.uint8)
         return labels, np.stack([pixels for _, pixels in found]) if found else empty

@@ -5,13 +5,10 @@ run. Stopped at any moment, the same call goes on where the writer's journal say
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -24,11 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from megakrause.data.augment import FORMATS, NoImage, opened
-from megakrause.data.encode import start_worker
 from megakrause.data.image_sources import Found, ImageSource
 from megakrause.data.images import HASHED, LABEL
 from megakrause.data.layout import ImagesInfo, check_output, manifest_path
 from megakrause.data.quarantine import Quarantine, Rejected
+from megakrause.data.workers import in_order
 from megakrause.data.writer import SHARD_BYTES, CorpusWriter
 from megakrause.errors import UserError
 
@@ -110,32 +107,15 @@ def _examined(images: Iterator[Found], workers: int) -> Iterator[tuple[list[Foun
     """Groups of images, in order, with what `_examine` finds."""
     groups = iter(lambda: list(islice(images, GROUP)), [])
     if workers <= 1:
-        yield from ((group, _examine([found.content for found in group])) for group in groups)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pending: deque[tuple[list[Found], Future[list[Any]]]] = deque()
-    with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        try:
-            for group in groups:
-                pending.append((group, pool.submit(_examine, [found.content for found in group])))
-                if len(pending) == 4 * workers:
-                    group, work = pending.popleft()
-                    yield group, work.result()
-            while pending:
-                group, work = pending.popleft()
-                yield group, work.result()
-        except BrokenProcessPool as error:
-            raise UserError("a worker process died, perhaps for want of memory; use fewer workers") from error
-        finally:
-            for _, work in pending:
-                work.cancel()
+        yield from ((group, _examine(group)) for group in groups)
+    else:
+        yield from in_order(groups, _examine, workers, __name__)
 
 
-def _examine(contents: list[bytes]) -> list[tuple[str, tuple[int, int]] | str]:
+def _examine(group: list[Found]) -> list[tuple[str, tuple[int, int]] | str]:
     """(mode, size) of each file, or why it cannot be decoded."""
     results: list[tuple[str, tuple[int, int]] | str] = []
-    for content in contents:
+    for content in (found.content for found in group):
         try:
             with Image.open(BytesIO(content), formats=FORMATS) as header:
                 mode = header.mode

@@ -111,12 +111,7 @@ class _Scatter(torch.autograd.Function):
         return _all_shares(grad, ctx.axis, ctx.dim, ctx.total), None, None
 
 
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, total: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return _all_shares(x, axis, dim, total)
-
+class _Collect(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         share = ctx.axis.share(grad.shape[ctx.dim])

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -36,9 +35,9 @@ from megakrause.hf.weights import find_model, find_weights
 from megakrause.models.build import build_model, trained_shapes, whole_shapes
 from megakrause.models.flops import flops_per_unit
 from megakrause.models.layout import Layout
-from megakrause.models.pictures import draw, grid, upper_half
 from megakrause.parallel.mesh import Mesh
 from megakrause.training.checks import check_alike, check_nothing_saved, check_same_data, check_same_run, resolve
+from megakrause.training.drawing import pictures
 from megakrause.training.engine import Engine
 from megakrause.training.evaluate import Evaluation, evaluate
 from megakrause.training.guard import Guard, Verdict
@@ -279,7 +278,9 @@ class Trainer:
                 tqdm.write(f"step {self.step}: held-out {evaluation}")
             if config.log.samples and isinstance(self.valid, ImageSamples) and config.model.kind == "image":
                 with watch.patient():
-                    self._draw(self.valid)
+                    for name, picture in pictures(self.engine, self.valid, config):
+                        if self.log is not None:
+                            self.log.picture(self.step, name, picture)
         # A run that is in trouble may have to go back to before it was.
         if last or _due(self.step, config.checkpoint.every) and not self.guard.skipped:
             with watch.patient():
@@ -300,20 +301,6 @@ class Trainer:
 
         bytes_per_token = valid.corpus.bytes_per_token if isinstance(valid, TokenWindows) else None
         return evaluate(sums, batches, mesh, self.config.model, bytes_per_token, total)
-
-    def _draw(self, valid: ImageSamples) -> None:
-        """Images of the model's own, and the lower halves of held-out ones, for TensorBoard."""
-        model, count = self.config.model, min(self.config.log.samples, len(valid))
-        real = valid.pixels(np.arange(count))
-        known = {"samples": torch.from_numpy(real.reshape(count, -1)[:, :1].astype(np.int64))}
-        known["completions"] = upper_half(real)
-        for name, values in known.items():
-            if (step := self.engine.drawing()) is None:
-                return
-            drawn = draw(step, model, values.to(self.mesh.device), seed=self.config.train.seed)
-            if self.log is not None:
-                both = drawn if name == "samples" else np.concatenate([real, drawn])
-                self.log.picture(self.step, f"eval/{name}", grid(both, None if name == "samples" else count, 4))
 
     def save(self) -> None:
         """Writes the checkpoint of this step, or begins to."""
