@@ -41,13 +41,13 @@ def evaluate_tasks(
         raise UserError("tasks are run by lm-evaluation-harness; pip install 'megakrause[eval]'") from error
     if json_path is not None and not json_path.parent.is_dir():
         raise UserError(f"--json {json_path}: there is no folder {json_path.parent}")
-    manager = TaskManager(include_path=None if include is None else str(include))
-    known = set(manager.all_tasks)
-    if unknown := [task for task in tasks if task not in known]:
-        raise UserError(f"lm-evaluation-harness has no task {unknown[0]}; `lm_eval ls tasks` lists those that it has")
     with _exported(path) as folder:
         if not (trusted := is_code_ours(folder)) and not trust_remote_code and has_code(folder):
             raise UserError(f"{folder} has code of its own, which is not run unless asked for: --trust-remote-code")
+        # Reading its thousands of task files takes seconds.
+        manager = TaskManager(include_path=None if include is None else str(include))
+        if unknown := set(tasks).difference(manager.all_tasks):
+            raise UserError(f"lm-evaluation-harness has no task {min(unknown)}; `lm_eval ls tasks` lists its own")
         gpu = torch.cuda.is_available()
         try:
             model = HFLM(

@@ -79,7 +79,7 @@ def test_scores_are_those_of_the_harness(folder: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("no such task", "lm-evaluation-harness has no task no_such_task; `lm_eval ls tasks` lists"),
+        ("no such task", "lm-evaluation-harness has no task no_such_task; `lm_eval ls tasks` lists its own"),
         ("data that cannot be reached", "boolq cannot be run on"),
         ("code that is not ours", "has code of its own, which is not run unless asked for: --trust-remote-code"),
         ("code that config.json names elsewhere", "has code of its own, which is not run unless asked for"),

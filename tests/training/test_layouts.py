@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +174,26 @@ def config_here(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def runs(config_here: Path) -> Runs:
-    return Runs(config_here.parent / "fp32", config_here, "fp32", CASES)
+def runs(config_here: Path, request: pytest.FixtureRequest) -> Runs:
+    return Runs(config_here.parent / "fp32", config_here, "fp32", chosen(request, "test_a_layout_equals_one_process"))
 
 
-def parameters(cases: list[dict[str, Any]]) -> list[Any]:
-    slow = [[pytest.mark.slow] if ranks(case) > (2 if case["zero"] == 3 else 4) else [] for case in cases]
+def chosen(request: pytest.FixtureRequest, test: str) -> list[dict[str, Any]]:
+    """The cases of a test that are checked this time: no others are trained."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    return [item.callspec.params["case"] for item in items if item.originalname == test]
+
+
+def parameters(cases: list[dict[str, Any]], quick: Callable[[dict[str, Any]], bool]) -> list[Any]:
+    slow = [[] if quick(case) else [pytest.mark.slow] for case in cases]
     return [pytest.param(case, id=name_of(case), marks=marks) for case, marks in zip(cases, slow, strict=True)]
 
 
-@pytest.mark.parametrize("case", parameters(CASES))
+def is_quick(case: dict[str, Any]) -> bool:
+    return ranks(case) <= 2 or (ranks(case) == 4 and case["zero"] < 2 and not case["offload"])
+
+
+@pytest.mark.parametrize("case", parameters(CASES, is_quick))
 def test_a_layout_equals_one_process(runs: Runs, case: dict[str, Any]) -> None:
     runs.check(case)
 
@@ -203,12 +214,12 @@ HALF = [
 
 
 @pytest.fixture(scope="session")
-def half_runs(config_here: Path) -> Runs:
-    return Runs(config_here.parent / "bf16", config_here, "bf16", HALF)
+def half_runs(config_here: Path, request: pytest.FixtureRequest) -> Runs:
+    test = "test_bfloat16_in_a_layout_equals_one_process_by_its_own_last_place"
+    return Runs(config_here.parent / "bf16", config_here, "bf16", chosen(request, test))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", parameters(HALF))
+@pytest.mark.parametrize("case", parameters(HALF, lambda case: False))
 def test_bfloat16_in_a_layout_equals_one_process_by_its_own_last_place(half_runs: Runs, case: dict[str, Any]) -> None:
     half_runs.check(case)
 

@@ -73,9 +73,9 @@ LAYOUTS = {
     "tp2-dp2-zero3": (4, ["parallel.tp=2", "parallel.zero=3"]),
     "pp2": (2, ["parallel.pp=2"]),
     "pp2-tp2-sp": (4, ["parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true"]),
-    "dp2": (2, []),
+    "dp2-zero2": (2, ["parallel.zero=2"]),
 }
-NORMAL = ["tp2-dp2-zero2"]
+NORMAL = ["dp2-zero2"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NORMAL else pytest.mark.slow) for n in LAYOUTS])

@@ -115,19 +115,17 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {  # by ranks
         "tp": ["parallel.tp=2"],
     },
 }
-NORMAL = ("one",)
 
 
 class Undisturbed:
-    """Runs that saved only at their end: those of as many processes in the same ones, but the slow apart."""
+    """Runs that saved only at their end, those of as many processes in the same ones."""
 
     def __init__(self, folder: Path, config: Path):
         self.folder, self.config = folder, config
 
     def output(self, ranks: int, name: str) -> Path:
         if not (self.folder / name).exists():
-            here = {n: keys for n, keys in LAYOUTS[ranks].items() if (n in NORMAL) == (name in NORMAL)}
-            keys = {n: ";".join([*keys, *COMMON, "checkpoint.every=0"]) for n, keys in here.items()}
+            keys = {n: ";".join([*keys, *COMMON, "checkpoint.every=0"]) for n, keys in LAYOUTS[ranks].items()}
             run(ranks, self.config, self.folder, *(f"{n}:{k}" for n, k in keys.items()))
         return self.folder / name
 
@@ -140,13 +138,9 @@ def undisturbed_runs(config_here: Path) -> Undisturbed:
     return Undisturbed(config_here.parent / "undisturbed", config_here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "name"),
-    [
-        pytest.param(ranks, name, id=name, marks=[] if name in NORMAL else [pytest.mark.slow])
-        for ranks, names in LAYOUTS.items()
-        for name in names
-    ],
+    ("ranks", "name"), [pytest.param(ranks, name, id=name) for ranks, names in LAYOUTS.items() for name in names]
 )
 def test_twice_killed_is_bitwise_the_undisturbed_run(
     config: Path, tmp_path: Path, undisturbed_runs: Undisturbed, ranks: int, name: str
