@@ -1,6 +1,6 @@
 # Everything that one types often. `make` alone lists it.
 #   PYTHON=python3.12   which Python the environment is made from (3.11 or 3.12)
-#   ARGS="..."          handed on to pytest
+#   ARGS="..."          handed on, to pytest mostly
 
 PYTHON ?= python3
 ARGS ?=

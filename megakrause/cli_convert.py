@@ -42,7 +42,8 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         "to-hf",
         "Write a checkpoint as a Hugging Face folder, reload it and compare the logits.",
         "  megakrause convert to-hf runs/demo/lm exported\n"
-        "  then: AutoModelForCausalLM.from_pretrained('exported', trust_remote_code=True)",
+        "  then: AutoModelForCausalLM.from_pretrained('exported', trust_remote_code=True)\n"
+        "  or, of a vision transformer, AutoModelForImageClassification",
         to_hf,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")

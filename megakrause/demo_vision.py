@@ -52,9 +52,9 @@ def main() -> None:
     with step(1, f"digits: a corpus of images in {folder / 'data'}"):
         prepare(folder / "data")
     with step(2, f"vision transformers: {VIT} and its softmax twin, {seeds} of each"):
-        vits = [
-            (twins(VIT, folder / f"seed-{seed}", seed, [*SOFTMAX, "model.top_k_last=none"])) for seed in range(seeds)
-        ]
+        softmax = [*SOFTMAX, "model.top_k_last=none"]
+        folders = [folder, *(folder / f"seed-{seed}" for seed in range(1, seeds))]
+        vits = [twins(VIT, one, seed, softmax) for seed, one in enumerate(folders)]
         results = [tuple(run(config) for config in pair) for pair in vits]
     with step(3, "accuracy on the held-out digits, and operations of an image"):
         report_vits(vits, results)

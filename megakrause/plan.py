@@ -277,12 +277,13 @@ def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
     fits = "fits" if plan.peak <= USABLE * gpu.memory else "does NOT fit"
     field = receptive_field(config)
     reach = "all of the sequence" if field is None or field >= seq_len else f"{field:,} of {seq_len:,} positions"
-    tokens = config.train.global_batch * seq_len
+    parts = 1 if model.unit == "image" else seq_len  # of a sequence, that losses are means over
+    unit, units = f"{'an' if model.unit == 'image' else 'a'} {model.unit}", config.train.global_batch * parts
     ranks = ", ".join(f"{n / 1e6:,.1f} M" for n in dict.fromkeys(plan.parameters))
     waits = f", layers {plan.stages}, a stage waits {plan.bubble:.1%} of the time" if config.parallel.pp > 1 else ""
     lines = [
         f"parameters            {total / 1e6:,.1f} M; of a rank {ranks}",
-        f"training              {flops / 1e9:,.3f} GFLOP a token, {tokens:,} tokens a step",
+        f"training              {flops * seq_len / parts / 1e9:,.3f} GFLOP {unit}, {units:,} {model.unit}s a step",
         f"receptive field       {reach}",
         f"layout                {plan.gpus} x {gpu_name}: {plan.layout}",
         f"                      micro-batches: {plan.accumulation} of {plan.micro_batch} sequences a step{waits}",

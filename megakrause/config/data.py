@@ -78,7 +78,9 @@ class DataConfig(Section):
         default=2, ge=0, description="processes of each rank that tokenize text, or decode images, as it is read"
     )
     cache: str | None = Field(
-        default=None, description="folder on each host for what is read from URLs; default: ~/.cache/megakrause"
+        default=None,
+        description="folder on each host for what is read from URLs; default: megakrause in $XDG_CACHE_HOME or "
+        "~/.cache",
     )
     cache_gib: int = Field(default=16, gt=0, description="its largest size, in GiB")
 
@@ -115,8 +117,8 @@ def _is_mix(words: list[str]) -> bool:
 
 
 class AugmentConfig(Section):
-    """What is done to the images that a vit is trained on (data/augment.py). Whatever is random is a function of the
-    run's seed and of which image it is in which epoch."""
+    """What is done to the images that a classifier is trained on (data/augment.py); an image model takes only `flip`.
+    Whatever is random is a function of the run's seed and of which image it is in which epoch."""
 
     crop: Literal["none", "pad", "random_resized"] = Field(
         default="none",

@@ -159,6 +159,8 @@ class RunConfig(Section):
             self._check_text()
         else:
             self._check_images()
+        if self.log.samples and self.model.kind != "image":
+            raise ValueError(f"log.samples = {self.log.samples}: a model of kind {self.model.kind} draws no images")
         self._check_layout()
         if (
             self.parallel.pp > 1
@@ -211,8 +213,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.seq_len = {self.train.seq_len}: sequences of these images have {length} positions; leave it out"
             )
-        if self.data.tokenizer is not None:
-            raise ValueError("data.tokenizer is for text; leave it out")
+        for key in ("tokenizer", "packing", "mask_documents", "shuffle_blocks"):
+            if getattr(self.data, key) != DataConfig.model_fields[key].default:
+                raise ValueError(f"data.{key} is for text; leave it out")
         if self.data.sources != [SourceConfig(path=self.data.sources[0].path)]:
             raise ValueError("data.train has weights, epochs or several sources; images are read from one PREFIX")
         if model.kind == "image" and length is not None and length % self.parallel.cp:

@@ -5,8 +5,8 @@ those that RandAugment and its recipes were made of. Whatever is random comes fr
 sample in the run), so that a sample is the same for any number of workers and ranks.
 
 Gray images become colour ones and the other way round, as a model needs; of CMYK, palettes and transparency remains the
-colour; 16 bits a channel become 8; pixels of 32 bits, which have no known range, are refused. An image that is smaller
-than the model's is enlarged.
+colour; 16 bits a channel become 8; channels of 32 bits, which have no known range, are refused. An image that is
+smaller than the model's is enlarged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def opened(content: bytes) -> Image.Image:
             if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PPM":
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut off at 255
             if image.mode in ("I", "F"):
-                raise NoImage("pixels of 32 bits")
+                raise NoImage("32 bits a channel")
             _converted(image.resize((1, 1)), 3)
             return image
     except MemoryError:

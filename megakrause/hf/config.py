@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megakrause.config import ModelConfig
 from megakrause.errors import UserError
 
+TEXT = {"positions", "max_positions", "rope_theta", "rope_scaling", "qk_norm", "tie_embeddings", "vocab_size"}
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MegakrauseForCausalLM")
 
 
@@ -38,6 +39,9 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
                 tree |= {"qk_norm": True} | _windows(config)
             case _:
                 tree |= _ours(config)
+                if (shape := config.get("image_shape")) is not None:
+                    tree = {key: value for key, value in tree.items() if key not in TEXT}
+                    tree |= {"kind": "image", "image_size": shape[:2], "channels": shape[2]}
         return ModelConfig.model_validate(tree), config
     except KeyError as error:
         raise UserError(f"{path} lacks {error}") from error

@@ -41,16 +41,12 @@ def import_folder(folder: str, out: Path) -> str:
 
 
 def imported_config(model: ModelConfig, folder: str, out: Path, length: int) -> RunConfig:
-    """A config around a model that was not trained here."""
-    return parse_config(
-        {
-            "output": str(out),
-            "model": model.model_dump(exclude_none=True),
-            "data": {"train": UNKNOWN, "tokenizer": folder},
-            "optim": {"lr": 1e-5},
-            "train": {"steps": 1, "global_batch": 1, "seq_len": length},
-        }
-    )
+    """A config around a model that was not trained here. length: of its sequences, if they are of text."""
+    data, train = {"train": UNKNOWN}, {"steps": 1, "global_batch": 1}
+    if model.kind == "lm":
+        data["tokenizer"], train["seq_len"] = folder, length
+    tree = {"output": str(out), "model": model.model_dump(exclude_none=True), "data": data}
+    return parse_config(tree | {"optim": {"lr": 1e-5}, "train": train})
 
 
 def write_weights(weights: Weights, config: RunConfig, tokenizer: Tokenizer | None, out: Path) -> None:

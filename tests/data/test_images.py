@@ -150,6 +150,7 @@ def test_folders_that_are_no_classes_are_refused(tmp_path: Path, spoil: Callable
     assert not (tmp_path / "out.manifest.json").exists()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("label", [-1, 3, True, 1.5, "dog", None])
 def test_a_label_that_is_no_class_stops_the_run(tmp_path: Path, label: Any) -> None:
     from megakrause.data.image_sources import Found
@@ -162,6 +163,7 @@ def test_a_label_that_is_no_class_stops_the_run(tmp_path: Path, label: Any) -> N
         _Run(writer, ["a", "b", "c"], 0).add([Found("x, row 7", b"...", label)], [("RGB", (1, 1))])
 
 
+@pytest.mark.faults
 def test_what_cannot_be_decoded_is_left_out_counted_and_listed(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "raw", 40)
     whole = (root / "bee" / "1.jpg").read_bytes()
@@ -182,6 +184,7 @@ def test_what_cannot_be_decoded_is_left_out_counted_and_listed(tmp_path: Path) -
     assert records(tmp_path / "b") == records(tmp_path / "out")
 
 
+@pytest.mark.faults
 def test_preparation_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megakrause.data import prepare_images as module
 
@@ -235,6 +238,7 @@ def test_rows_of_padding_alone(corpus: str) -> None:
         assert made.inputs[0].shape == shape and not made.loss_mask.any()
 
 
+@pytest.mark.faults
 def test_only_known_formats_are_opened_and_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An EPS file would be handed to Ghostscript."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
@@ -410,6 +414,7 @@ def test_a_corpus_of_other_classes_is_refused(corpus: str, model: ModelConfig, s
         ImageSamples(corpus, model, AugmentConfig())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damage_is_named_and_never_trained_on(corpus: str, tmp_path: Path, workers: int) -> None:
     for path in Path(corpus).parent.glob("train.*"):
@@ -423,6 +428,7 @@ def test_damage_is_named_and_never_trained_on(corpus: str, tmp_path: Path, worke
     samples.close()
 
 
+@pytest.mark.faults
 def test_a_worker_that_dies_is_no_hang(corpus: str) -> None:
     samples = ImageSamples(corpus, vit(), AugmentConfig(), seed=0, workers=2)
     samples.batch(np.arange(4))

@@ -100,6 +100,7 @@ def test_an_image_model_is_reloaded_and_draws_the_same(tmp_path: Path, attention
     # And back.
     assert main(["convert", "from-hf", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     back = load_language_model(find_checkpoint(tmp_path / "back"))
+    assert (back.config.kind, back.config.image_shape) == ("image", ours.config.image_shape)
     assert all(torch.equal(p, q) for p, q in zip(back.parameters(), ours.parameters(), strict=True))
 
 

@@ -36,7 +36,7 @@ every = 3
 keep = 9
 [log]
 every = 2
-samples = 3
+samples = {samples}
 [model]
 layers = 2
 width = 32
@@ -95,7 +95,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepare_images([str(folder / f"{name}.npz")], folder / name)
     for kind, model in KINDS.items():
         common = COMMON.replace("dropout = 0.1\n", "") if kind == "swin" else COMMON
-        (folder / f"{kind}.toml").write_text(common.format(folder=folder) + model)
+        samples = 3 if kind == "image" else 0
+        (folder / f"{kind}.toml").write_text(common.format(folder=folder, samples=samples) + model)
     return folder
 
 
