@@ -8,9 +8,12 @@ import os
 import sys
 
 from megakrause.cli_arguments import number_or_share, positive
+from megakrause.data.image_sources import SUFFIXES
 from megakrause.data.prepare_images import prepare_images
 from megakrause.errors import UserError, run_command
 
+SHOWN = 10  # names of classes
+NAMES = {"L": "gray", "I;16": "gray of 16 bits", "P": "with a palette"}  # of Pillow's modes
 EXAMPLES = """examples:
   python data_prep/prepare_images.py --input imagenet/train --output data/imagenet-train
   python data_prep/prepare_images.py --input hf:uoft-cs/cifar10@train --image-field img --output data/cifar10-train
@@ -69,14 +72,18 @@ def main() -> None:
             overwrite=arguments.overwrite,
             shard_bytes=arguments.shard_mb << 20,
         )
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(summary.kinds.items()))
+        kinds = ", ".join(f"{count:,} {NAMES.get(kind, kind)}" for kind, count in sorted(summary.kinds.items()))
         width, height = summary.smallest
+        shown = ", ".join(summary.classes[:SHOWN]) + ", ..." * (len(summary.classes) > SHOWN)
         print(
-            f"{arguments.output}: {summary.images:,} images of {len(summary.classes)} classes ({kinds}), "
-            f"none narrower than {width} or lower than {height} pixels"
+            f"{arguments.output}: {summary.images:,} images ({kinds}), none narrower than {width} or lower than "
+            f"{height} pixels; {len(summary.classes)} classes: {shown}"
         )
         if summary.rejected:
             print(f"{summary.rejected} images cannot be decoded, see {summary.quarantine}", file=sys.stderr)
+        if summary.passed_over:
+            known = " ".join(sorted(SUFFIXES))
+            print(f"{summary.passed_over} other files passed over; images end in {known}", file=sys.stderr)
 
     sys.exit(run_command(run))
 

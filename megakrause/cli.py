@@ -116,6 +116,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         from megakrause.generate import generate_images, generate_text
 
         if arguments.output is not None:
+            if arguments.prompt is not None:
+                raise UserError("--prompt is for text, --output for images; give one of them")
             generate_images(
                 arguments.checkpoint,
                 arguments.count,
@@ -128,7 +130,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
             )
             print(arguments.output)
             return
-        prompt = arguments.prompt
+        prompt = arguments.prompt or ""
         pieces = generate_text(
             arguments.checkpoint,
             prompt,
@@ -154,7 +156,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         run,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step-N folder, or a run's folder")
-    parser.add_argument("--prompt", default="", help="text that opens the document (default: none)")
+    parser.add_argument("--prompt", help="text that opens the document (default: none)")
     parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument(
         "--temperature", type=not_negative, help="0: the most likely token; default: 0 of text, 1 of images"

@@ -79,7 +79,7 @@ def main() -> None:
    tensorboard --logdir {folder}
    megakrause generate {models[0].output} --output more.png --count 64 --temperature 0.9
    python data_prep/prepare_images.py --input YOUR_CLASS_FOLDERS --output data/own
-   megakrause train configs/vit/kvit-s-cifar10.toml
+   megakrause train configs/vit/kvit-t-cifar10.toml data.train=data/own data.valid=... model.classes=... output=runs/own
 """
     )
 

@@ -34,6 +34,8 @@ def evaluate_checkpoint(path: str, prefix: str | None) -> Evaluation:
     else:
         valid = eval_images(config, prefix)
     assert valid is not None
+    if isinstance(valid, ImageSamples) and config.model.classes is not None and "classes" in checkpoint.state:
+        valid.check_classes(checkpoint.state["classes"], checkpoint.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(checkpoint, device)
     objective, images = build_objective(model.config), isinstance(valid, ImageSamples)

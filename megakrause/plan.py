@@ -101,8 +101,9 @@ class Plan:
         return max(self.memory.total, width * max(self.parameters))
 
     @property
-    def tokens_per_s(self) -> float:
-        return self.config.train.global_batch * self.config.seq_len / self.seconds
+    def units_per_s(self) -> float:
+        """Of what losses are means over: tokens, values, images."""
+        return self.config.train.global_batch * units_of_sequence(self.config) / self.seconds
 
     @property
     def layout(self) -> str:
@@ -202,12 +203,13 @@ def layouts(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[RunConfig]:
     tree = config.model_dump(exclude_none=True)
     tree["parallel"].pop("stages", None)
     sizes = [2**n for n in range(11)]
+    micro_batches = sizes[:5] if config.model.kind == "lm" else sizes[:10]  # an image is small
     for tp, cp, pp in product(sizes, sizes, sizes):
         if tp > gpu.per_host or gpus % (tp * cp * pp) or pp > config.model.layers:
             continue
         dp = gpus // (tp * cp * pp)
         stages = (1, 2, 3) if config.train.precision == "bf16" else (0, 1, 2, 3)
-        for zero, micro, recompute in product(stages, (1, 2, 4, 8, 16), ("none", "selective", "full")):
+        for zero, micro, recompute in product(stages, micro_batches, ("none", "selective", "full")):
             if config.train.global_batch % (dp * micro) or (pp > 1 and config.train.global_batch < dp * micro * pp):
                 continue
             parallel = {"tp": tp, "cp": cp, "pp": pp, "zero": zero, "recompute": recompute, "sequence_parallel": tp > 1}
@@ -241,6 +243,11 @@ def _better(plan: Plan, other: Plan) -> bool:
     if abs(plan.seconds / other.seconds - 1) < 0.01:
         return plan.micro_batch > other.micro_batch
     return plan.seconds < other.seconds
+
+
+def units_of_sequence(config: RunConfig) -> int:
+    """What losses are means over: once an image, or each position."""
+    return 1 if config.model.unit == "image" else config.seq_len
 
 
 def receptive_field(config: RunConfig) -> int | None:
@@ -277,21 +284,22 @@ def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
     fits = "fits" if plan.peak <= USABLE * gpu.memory else "does NOT fit"
     field = receptive_field(config)
     reach = "all of the sequence" if field is None or field >= seq_len else f"{field:,} of {seq_len:,} positions"
-    parts = 1 if model.unit == "image" else seq_len  # of a sequence, that losses are means over
-    unit, units = f"{'an' if model.unit == 'image' else 'a'} {model.unit}", config.train.global_batch * parts
+    units = units_of_sequence(config)
+    unit, sequences = ("an image", "images") if model.unit == "image" else (f"a {model.unit}", "sequences")
     ranks = ", ".join(f"{n / 1e6:,.1f} M" for n in dict.fromkeys(plan.parameters))
     waits = f", layers {plan.stages}, a stage waits {plan.bubble:.1%} of the time" if config.parallel.pp > 1 else ""
     lines = [
         f"parameters            {total / 1e6:,.1f} M; of a rank {ranks}",
-        f"training              {flops * seq_len / parts / 1e9:,.3f} GFLOP {unit}, {units:,} {model.unit}s a step",
+        f"training              {flops * seq_len / units / 1e9:,.3f} GFLOP {unit}, "
+        f"{config.train.global_batch * units:,} {model.unit}s a step",
         f"receptive field       {reach}",
         f"layout                {plan.gpus} x {gpu_name}: {plan.layout}",
-        f"                      micro-batches: {plan.accumulation} of {plan.micro_batch} sequences a step{waits}",
+        f"                      micro-batches: {plan.accumulation} of {plan.micro_batch} {sequences} a step{waits}",
         f"memory of a rank      {plan.memory.total / GIB:,.2f} GiB of {gpu.memory / GIB:.0f} x {USABLE}: {fits}",
         *(f"  {name:<20}{n / GIB:>9,.2f} GiB" for name, n in asdict(plan.memory).items()),
         "sent by a rank, a step",
         *(f"  {axis:<20}{n / GIB:>9,.3f} GiB" for axis, n in plan.sent.items()),
-        f"estimated             {plan.seconds:,.2f} s a step, {plan.tokens_per_s:,.0f} tokens/s, "
+        f"estimated             {plan.seconds:,.2f} s a step, {plan.units_per_s:,.0f} {model.unit}s/s, "
         f"MFU {_mfu(plan, gpu):.0%}",
         f"                      (if products reach {REACHED_FLOPS:.0%} of the FLOP/s, links {REACHED_BYTES:.0%}, and a "
         f"block takes {LEAST_OF_A_BLOCK * 1e3:.0f} ms or more)",
@@ -309,7 +317,8 @@ def describe(plan: Plan, gpu: Gpu, gpu_name: str) -> str:
 
 def _mfu(plan: Plan, gpu: Gpu) -> float:
     config = plan.config
-    return plan.tokens_per_s * sum(flops_of_layers(config.model, config.seq_len)) / (plan.gpus * gpu.flops)
+    flops = config.train.global_batch * config.seq_len * sum(flops_of_layers(config.model, config.seq_len))
+    return flops / plan.seconds / (plan.gpus * gpu.flops)
 
 
 def _row(plan: Plan, gpu: Gpu) -> dict[str, Any]:
@@ -326,6 +335,6 @@ def _row(plan: Plan, gpu: Gpu) -> dict[str, Any]:
         "GiB": plan.memory.total / GIB,
         "bubble %": 100 * plan.bubble,
         "s/step": plan.seconds,
-        "tokens/s": plan.tokens_per_s,
+        f"{plan.config.model.unit}s/s": plan.units_per_s,
         "MFU %": 100 * _mfu(plan, gpu),
     }

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as arrow
 from PIL import Image
 from pyarrow import parquet
+from tqdm import tqdm
 
 from megakrause.data.hf_dataset import cannot_read, describe_dataset, is_dataset, open_dataset
 from megakrause.errors import UserError
@@ -42,6 +44,7 @@ class ImageSource:
         self.name = name
         self.classes: list[str] | None = None
         self.total: int | None = None
+        self.passed_over = 0  # files of class folders, and beside them, that do not end as an image's do
         self._fields = image_field, label_field
         path = Path(name)
         if is_dataset(name):
@@ -50,7 +53,7 @@ class ImageSource:
             self._check(list(features))
             self.classes = getattr(features.get(label_field), "names", None)
         elif path.is_dir():
-            self._files = _class_folders(path)
+            self._files, self.passed_over = _class_folders(path)
             self.classes = [folder.name for folder, _ in self._files]
             self.total = sum(len(files) for _, files in self._files)
             self._rows = self._folders
@@ -135,18 +138,28 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
     return list(json.loads(found[1]))
 
 
-def _class_folders(root: Path) -> list[tuple[Path, list[Path]]]:
-    """(folder of a class, its images), by name. Raises UserError for an empty one, or if there is none."""
+def _class_folders(root: Path) -> tuple[list[tuple[Path, list[Path]]], int]:
+    """(folder of a class, its images), by name, and how many other files there are. Raises UserError for an empty one,
+    or if there is none."""
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise UserError(f"{root} has no folders; it needs one for each class, with images in it")
-    found = []
+    found, others = [], sum(path.is_file() for path in root.iterdir() if not path.name.startswith("."))
     for folder in folders:
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        there = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        files = sorted(file for file in there if file.suffix.lower() in SUFFIXES)
+        others += len(there) - len(files)
         if not files:
             raise UserError(f"{folder} has no images; remove it, or put in what belongs to the class '{folder.name}'")
         found.append((folder, files))
-    return found
+    first = found[0][1][0].relative_to(root)
+    if all(len({file.parent for file in files} - {folder}) > 1 for folder, files in found):
+        tqdm.write(
+            f"warning: each folder of {root} is a class, and each has folders of images; is one of them meant, such as "
+            f"{root / first.parts[0]}?",
+            file=sys.stderr,
+        )
+    return found, others
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:

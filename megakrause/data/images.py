@@ -17,7 +17,7 @@ from megakrause.config import AugmentConfig, ModelConfig
 from megakrause.data.augment import ERASING, MIXING, PIXELS, NoImage, View, erase, generator, mixing
 from megakrause.data.order import key_of, permute
 from megakrause.data.remote import BlockCache
-from megakrause.data.shards import Corpus
+from megakrause.data.shards import Corpus, NoCorpus
 from megakrause.data.workers import worker_died, worker_pool
 from megakrause.errors import UserError
 
@@ -30,7 +30,13 @@ class ImageRecords:
 
     def __init__(self, prefix: str, cache: BlockCache | None = None):
         """Raises UserError when it is no corpus of images."""
-        self.corpus = Corpus.open(prefix, cache=cache)
+        try:
+            self.corpus = Corpus.open(prefix, cache=cache)
+        except NoCorpus as error:
+            raise UserError(
+                f"there is no corpus of images at {prefix}; prepare one: "
+                "python data_prep/prepare_images.py --input IMAGES --output PREFIX"
+            ) from error
         manifest = self.corpus.manifest
         if manifest is None or manifest.images is None:
             raise UserError(f"{prefix} is no corpus of images; prepare one with data_prep/prepare_images.py")
@@ -107,6 +113,15 @@ class ImageSamples:
     @property
     def classes(self) -> list[str]:
         return self.records.classes
+
+    def check_classes(self, expected: list[str], where: str) -> None:
+        """Raises UserError when the classes, by number, are not those of something else, called `where`."""
+        for number, (wanted, found) in enumerate(zip(expected, self.classes, strict=True)):
+            if wanted != found:
+                raise UserError(
+                    f"class {number} is {wanted!r} in {where} and {found!r} in {self.name}; prepare them alike",
+                    everywhere=True,
+                )
 
     def describe(self, start: int, count: int) -> list[str]:
         """A line that says what `count` samples from `start` on are."""

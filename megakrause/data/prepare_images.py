@@ -42,6 +42,7 @@ class ImageSummary:
     smallest: tuple[int, int]  # width and height
     rejected: int
     quarantine: Path | None
+    passed_over: int  # files that do not end as an image's do
 
 
 def prepare_images(
@@ -85,7 +86,7 @@ def prepare_images(
             for group, examined in _examined(images, workers):
                 run.add(group, examined)
                 bar.update(len(group))
-        return run.finish()
+        return run.finish(sum(source.passed_over for source in sources))
 
 
 def _from(sources: list[ImageSource], start: int) -> Iterator[Found]:
@@ -163,7 +164,7 @@ class _Run:
             self._writer.save(self._progress())
             self._saved = time.monotonic()
 
-    def finish(self) -> ImageSummary:
+    def finish(self, passed_over: int) -> ImageSummary:
         share = self._max_rejected
         if isinstance(share, float) and self._rejected > share * self.done:
             raise UserError(self._too_many())
@@ -173,7 +174,13 @@ class _Run:
         there = self._quarantine.path if self._rejected else None
         self._writer.save(self._progress())
         return ImageSummary(
-            self._writer.num_documents, self._classes, dict(self._kinds), self._smallest, self._rejected, there
+            self._writer.num_documents,
+            self._classes,
+            dict(self._kinds),
+            self._smallest,
+            self._rejected,
+            there,
+            passed_over,
         )
 
     def _progress(self) -> dict[str, Any]:

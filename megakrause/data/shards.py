@@ -172,6 +172,10 @@ class Corpus:
         return shard
 
 
+class NoCorpus(UserError):
+    """There is nothing of the name that could be a corpus."""
+
+
 def find_shards(
     prefix: str, store: Store, tokenizer: Tokenizer | None = None, dtype: str | None = None
 ) -> tuple[Manifest | None, list[Shard]]:
@@ -195,7 +199,7 @@ def find_shards(
         return None, [MegatronShard(store.blob(f"{prefix}.bin"), store.blob(f"{prefix}.idx"))]
     files = _other_files(prefix, store)
     if not files:
-        raise UserError(_no_corpus(prefix, store))
+        raise NoCorpus(_no_corpus(prefix, store))
     if files[0].endswith(".ds"):
         return None, [DatatroveShard(store.blob(file), store.blob(f"{file}.index")) for file in files]
     eos = tokenizer.eos if tokenizer else None

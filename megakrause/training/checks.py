@@ -36,12 +36,7 @@ def check_same_data(
 ) -> None:
     """Raises UserError on every rank when they read different data."""
     if isinstance(samples, ImageSamples) and isinstance(valid, ImageSamples) and config.model.classes is not None:
-        for number, (ours, theirs) in enumerate(zip(samples.classes, valid.classes, strict=True)):
-            if ours != theirs:
-                raise UserError(
-                    f"class {number} is {ours!r} in {samples.name} and {theirs!r} in {valid.name}; prepare them alike",
-                    everywhere=True,
-                )
+        valid.check_classes(samples.classes, samples.name)
     mine = {name: fingerprint for fingerprint, name in samples.names.items()}
     if valid is not None:
         mine |= {f"{config.data.valid} (held out)": valid.fingerprint}

@@ -83,13 +83,24 @@ def records(prefix: str | Path) -> list[tuple[int, bytes]]:
 def test_class_folders_are_kept_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = class_folders(tmp_path / "raw")
     (root / "ant" / "notes.txt").write_text("no image")
+    (root / "beside.png").write_bytes(b"of no class")
     summary = prepare_images([str(root)], tmp_path / "out")
     assert (summary.images, summary.classes, summary.rejected) == (12, ["ant", "bee", "cat"], 0)
+    assert summary.passed_over == 2 and "warning" not in capsys.readouterr().err
+    (root / "beside.png").unlink()
     paths = sorted(path for path in root.rglob("*.*") if path.suffix != ".txt")
     expected = [(["ant", "bee", "cat"].index(path.parent.name), path.read_bytes()) for path in paths]
     assert records(tmp_path / "out") == expected
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert "12 images of 3 classes, all checksums match" in capsys.readouterr().out
+
+
+def test_the_folder_above_the_classes_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        class_folders(tmp_path / "raw" / part)
+    summary = prepare_images([str(tmp_path / "raw")], tmp_path / "out")
+    assert summary.classes == ["train", "val"]
+    assert f"is one of them meant, such as {tmp_path}/raw/train?" in capsys.readouterr().err
 
 
 def parquet(path: Path, rows: list[dict[str, Any]], names: list[str] | None) -> None:

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 tests/training/memory.py CONFIG key=value;key=value 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -87,3 +88,6 @@ def run(config_path: str, case: str) -> None:
 if __name__ == "__main__":
     for each in sys.argv[2:]:
         run(sys.argv[1], each)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of so many process groups may abort while the interpreter takes them down

@@ -199,6 +199,22 @@ def test_checkpoints_of_images_are_read_by_everything(
     ):
         assert main(arguments) == 1
         assert reason in capsys.readouterr().err
+    other = tmp_path / "other"
+    np.savez(tmp_path / "other.npz", images=np.zeros((3, 6, 6), np.uint8), labels=np.arange(3))
+    prepare_images([str(tmp_path / "other.npz")], other, classes=["0", "2", "1"])
+    for arguments, reason in (
+        (["evaluate", str(ones["vit"]), "--data", str(other)], f"and '2' in {other}; prepare them alike"),
+        (
+            ["evaluate", str(ones["vit"]), "--data", str(tmp_path)],
+            f"there is no corpus of images at {tmp_path}; prepare",
+        ),
+        (
+            ["generate", str(ones["image"]), "--output", "a.png", "--prompt", "x"],
+            "--prompt is for text, --output for images",
+        ),
+    ):
+        assert main(arguments) == 1
+        assert reason in capsys.readouterr().err
     for command in (["verify", str(ones["vit"])], ["checkpoint", "show", str(ones["image"])]):
         assert main(command) == 0
 
