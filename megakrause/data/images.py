@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from megakrause.data.augment import ERASING, MIXING, PIXELS, NoImage, View, eras
 from megakrause.data.order import key_of, permute
 from megakrause.data.remote import BlockCache
 from megakrause.data.shards import Corpus, NoCorpus
-from megakrause.data.workers import worker_died, worker_pool
+from megakrause.data.workers import dead_workers_named, worker_pool
 from megakrause.errors import UserError
 
 LABEL = np.dtype("<i4")  # before every image
@@ -147,11 +147,19 @@ class ImageSamples:
 
     def batch(self, samples: np.ndarray) -> Batch:
         """Samples [b] counted over epochs from 0; -1: a row of padding. Raises UserError for damaged data."""
+        return self.begin(samples)()
+
+    def begin(self, samples: np.ndarray) -> Callable[[], Batch]:
+        """Has the workers, if there are any, load a batch; the result waits for them and makes it."""
         samples = np.asarray(samples, np.int64)
-        there = samples >= 0
-        wanted = samples[there]
+        wanted = samples[samples >= 0]
         numbers = np.union1d(wanted, wanted ^ 1) if self._mixes else wanted
-        labels, pixels = self._load(numbers)
+        load = self._begin(numbers)
+        return lambda: self._batch(samples, numbers, *load())
+
+    def _batch(self, samples: np.ndarray, numbers: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> Batch:
+        """numbers: those of the samples that were loaded."""
+        there = samples >= 0
         kept, mask = torch.from_numpy(samples), torch.from_numpy(there)
         if self._model.kind == "image":
             size = math.prod(self._model.image_shape)
@@ -162,7 +170,7 @@ class ImageSamples:
             return TokenBatch(tokens[:, :-1], tokens[:, 1:], learnt, None, kept)
         images, targets = self._normalized(numbers, labels, pixels)
         if self._mixes:
-            images, targets = self._mixed(numbers, wanted, images, targets)
+            images, targets = self._mixed(numbers, samples[there], images, targets)
         if not there.all():
             rows = np.zeros((len(samples), *images.shape[1:]), np.float32)
             shares = np.zeros((len(samples), targets.shape[1]), np.float32)
@@ -172,7 +180,7 @@ class ImageSamples:
 
     def pixels(self, samples: np.ndarray) -> np.ndarray:
         """uint8 [b, height, width, c] of samples [b], before anything is made of the numbers. Raises UserError."""
-        return self._load(np.asarray(samples, np.int64))[1]
+        return self._begin(np.asarray(samples, np.int64))()[1]
 
     @property
     def _mixes(self) -> bool:
@@ -208,8 +216,8 @@ class ImageSamples:
             mixed_targets[row] += np.float32(share) * (targets[other[row]] - targets[own[row]])
         return mixed_images, mixed_targets
 
-    def _load(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(classes, int64 [n]; pixels, uint8 [n, height, width, c]) of samples."""
+    def _begin(self, numbers: np.ndarray) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+        """Has samples loaded; the result gives (classes, int64 [n]; pixels, uint8 [n, height, width, c])."""
         indices = numbers
         if self._training:
             epochs, places = np.divmod(numbers, len(self))
@@ -218,21 +226,23 @@ class ImageSamples:
                 mine = epochs == epoch
                 indices[mine] = permute(places[mine], len(self), key_of(*self._order, epoch, 0))
         work = list(zip(numbers.tolist(), indices.tolist(), strict=True))
+        found: Iterable[tuple[int, np.ndarray]]
         if self._pool is None:
-            found = [self._view_of(self.records, number, index) for number, index in work]
+            found = (view_of(self.records, self._view, self._key, number, index) for number, index in work)
         else:
             size = max(1, -(-len(work) // (2 * self._workers)))
-            parts = (work[start : start + size] for start in range(0, len(work), size))
-            try:
-                found = [one for part in self._pool.map(self._in_worker, parts) for one in part]
-            except BrokenProcessPool as error:
-                raise worker_died("data.workers") from error
-        labels = np.array([label for label, _ in found], np.int64)
-        empty = np.empty((0, *self._model.image_shape), np.uint8)
-        return labels, np.stack([pixels for _, pixels in found]) if found else empty
+            parts = [work[start : start + size] for start in range(0, len(work), size)]
+            with dead_workers_named("data.workers"):
+                found = chain.from_iterable(self._pool.map(self._in_worker, parts))
 
-    def _view_of(self, records: ImageRecords, number: int, index: int) -> tuple[int, np.ndarray]:
-        return view_of(records, self._view, self._key, number, index)
+        def loaded() -> tuple[np.ndarray, np.ndarray]:
+            labels, pixels = np.empty(len(work), np.int64), np.empty((len(work), *self._model.image_shape), np.uint8)
+            with dead_workers_named("data.workers"):
+                for i, one in enumerate(found):
+                    labels[i], pixels[i] = one
+            return labels, pixels
+
+        return loaded
 
     @property
     def _in_worker(self) -> _Job:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from itertools import count
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +24,15 @@ class Samples(Protocol[B]):
 
     def batch(self, samples: np.ndarray) -> B:
         """Samples [b] counted over epochs from 0; -1: a row of padding."""
+        ...
+
+
+@runtime_checkable
+class LoadedElsewhere(Samples[B], Protocol[B]):
+    """By processes that can begin with a batch while this one is at another."""
+
+    def begin(self, samples: np.ndarray) -> Callable[[], B]:
+        """Has a batch loaded; the result waits for it and makes it."""
         ...
 
 
@@ -51,10 +61,23 @@ def _train_batches(
     samples: Samples[B], global_batch: int, rank: int, ranks: int, position: int
 ) -> Generator[tuple[B, int], None, None]:
     share = global_batch // ranks
-    while True:
-        mine = position + rank * share + np.arange(share)
-        position += global_batch
-        yield samples.batch(mine), position
+    rows = (start + rank * share + np.arange(share) for start in count(position, global_batch))
+    yield from zip(_made(samples, rows), count(position + global_batch, global_batch))
+
+
+def _made(samples: Samples[B], wanted: Iterator[np.ndarray]) -> Iterator[B]:
+    """A batch of each, in order."""
+    if not isinstance(samples, LoadedElsewhere):
+        yield from map(samples.batch, wanted)
+        return
+    before: Callable[[], B] | None = None
+    for rows in wanted:
+        begun = samples.begin(rows)
+        if before is not None:
+            yield before()
+        before = begun
+    if before is not None:
+        yield before()
 
 
 def eval_batches(windows: Epoch[B], *, batch: int, rank: int, ranks: int, limit: int, prefetch: int = 0) -> Iterator[B]:
@@ -68,9 +91,9 @@ def eval_batches(windows: Epoch[B], *, batch: int, rank: int, ranks: int, limit:
 
 def _eval_batches(windows: Epoch[B], batch: int, rank: int, ranks: int, limit: int) -> Iterator[B]:
     windows_wanted = min(len(windows), limit) if limit else len(windows)
-    for number in range(num_eval_batches(windows, batch=batch, ranks=ranks, limit=limit)):
-        indices = (number * ranks + rank) * batch + np.arange(batch)
-        yield windows.batch(np.where(indices < windows_wanted, indices, -1))
+    numbers = range(num_eval_batches(windows, batch=batch, ranks=ranks, limit=limit))
+    indices = ((number * ranks + rank) * batch + np.arange(batch) for number in numbers)
+    yield from _made(windows, (np.where(i < windows_wanted, i, -1) for i in indices))
 
 
 def num_eval_batches(windows: Epoch[B], *, batch: int, ranks: int, limit: int) -> int:

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from megakrause.errors import UserError
@@ -25,9 +26,13 @@ def worker_pool(workers: int, module: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, context, _start_worker)
 
 
-def worker_died(key: str) -> UserError:
-    """key: what says how many there are."""
-    return UserError(f"a worker process died, perhaps for want of memory; use fewer {key}")
+@contextmanager
+def dead_workers_named(key: str) -> Iterator[None]:
+    """key: what says how many there are. Raises UserError when one of them dies."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(f"a worker process died, perhaps for want of memory; use fewer {key}") from error
 
 
 def in_order(
@@ -35,7 +40,7 @@ def in_order(
 ) -> Generator[tuple[A, B], None, None]:
     """Every item with what became of it, in order; at most 4 x workers of them are under way."""
     pending: deque[tuple[A, Future[B]]] = deque()
-    with worker_pool(workers, module) as pool:
+    with dead_workers_named("workers"), worker_pool(workers, module) as pool:
         try:
             for item in items:
                 pending.append((item, pool.submit(work, item)))
@@ -45,8 +50,6 @@ def in_order(
             while pending:
                 first, future = pending.popleft()
                 yield first, future.result()
-        except BrokenProcessPool as error:
-            raise worker_died("workers") from error
         finally:
             for _, future in pending:
                 future.cancel()
