@@ -63,7 +63,7 @@ def config(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factor
 
 @pytest.fixture(
     scope="module",
-    params=[".jsonl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (".jsonl.gz", "dataset"))],
+    params=[pytest.param(kind, marks=pytest.mark.slow) for kind in (".jsonl", ".jsonl.gz", "dataset")],
 )
 def streamed(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text that is tokenized while it is read, mixed with a corpus; it is used up and begins again."""

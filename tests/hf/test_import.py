@@ -217,9 +217,8 @@ def test_a_run_that_would_compute_something_else_does_not_start(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "layout", [["parallel.zero=3"], pytest.param(["parallel.tp=2", "parallel.pp=2"], marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["parallel.zero=3"], ["parallel.tp=2", "parallel.pp=2"]], ids=str)
 def test_a_krause_branch_starts_as_the_softmax_branch_in_any_layout(
     corpus: Path, tmp_path: Path, layout: list[str]
 ) -> None:

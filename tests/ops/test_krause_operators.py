@@ -66,7 +66,13 @@ def test_the_operators_keep_torch_librarys_rules(case: str, backend: str) -> Non
     )
 
 
-@pytest.mark.parametrize("case, backend", [*BOTH, ("selection", "auto"), ("selection", "reference"), ("grid", "auto")])
+@pytest.mark.parametrize(
+    "case, backend",
+    [
+        pytest.param(*x, marks=[pytest.mark.slow] if x[1] == "triton" and x[0] != "selection" else [])
+        for x in [*BOTH, ("selection", "auto"), ("selection", "reference"), ("grid", "auto")]
+    ],
+)
 def test_compiled_as_one_graph_it_gives_the_same(case: str, backend: str) -> None:
     torch.compiler.reset()
     options = options_of(case, backend) | {"seed": 7, "backend": backend}

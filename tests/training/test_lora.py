@@ -75,10 +75,10 @@ LAYOUTS = {
     "pp2-tp2-sp": (4, ["parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true"]),
     "dp2-zero2": (2, ["parallel.zero=2"]),
 }
-NORMAL = ["dp2-zero2"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in NORMAL else pytest.mark.slow) for n in LAYOUTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_process_and_another_goes_on(base: Path, one: Path, name: str) -> None:
     ranks, layout = LAYOUTS[name]
     config, out = base / "config.toml", base / name
