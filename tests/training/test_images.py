@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megakrause.cli import main
 from megakrause.data.prepare_images import prepare_images
+from megakrause.training.drawing import SCALE
 from tests.training.runs import losses, rows, start_script, state, train
 
 COMMON = """
@@ -146,8 +147,8 @@ def test_a_layout_trains_as_one_process_and_another_goes_on(folder: Path, ones: 
     assert evaluations(out) == pytest.approx(evaluations(one), rel=2e-5)
     found, expected = pictures(out), pictures(one)
     assert found.keys() == (expected.keys() if "pp" not in name else set())
-    # A draw at the edge of two values may go the other way, and with it the rest of its image, one of three.
-    assert all(np.mean(found[tag] == expected[tag]) > 0.6 for tag in found)
+    # A draw at the edge of two values may go the other way, and with it the rest of its image.
+    assert all(np.count_nonzero(found[tag] != expected[tag]) <= (6 * SCALE) ** 2 for tag in found)
     shutil.rmtree(out / "checkpoints" / "step-6")
     train(config, f"output={out}")
     assert losses(out) == pytest.approx(losses(one), rel=2e-5)

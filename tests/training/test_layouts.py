@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,16 +183,13 @@ def chosen(request: pytest.FixtureRequest, test: str) -> list[dict[str, Any]]:
     return [item.callspec.params["case"] for item in items if item.originalname == test]
 
 
-def parameters(cases: list[dict[str, Any]], quick: Callable[[dict[str, Any]], bool]) -> list[Any]:
-    slow = [[] if quick(case) else [pytest.mark.slow] for case in cases]
-    return [pytest.param(case, id=name_of(case), marks=marks) for case, marks in zip(cases, slow, strict=True)]
-
-
 def is_quick(case: dict[str, Any]) -> bool:
     return ranks(case) <= 2 or (ranks(case) == 4 and case["zero"] < 2 and not case["offload"])
 
 
-@pytest.mark.parametrize("case", parameters(CASES, is_quick))
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=name_of(c), marks=() if is_quick(c) else pytest.mark.slow) for c in CASES]
+)
 def test_a_layout_equals_one_process(runs: Runs, case: dict[str, Any]) -> None:
     runs.check(case)
 
@@ -219,7 +215,8 @@ def half_runs(config_here: Path, request: pytest.FixtureRequest) -> Runs:
     return Runs(config_here.parent / "bf16", config_here, "bf16", chosen(request, test))
 
 
-@pytest.mark.parametrize("case", parameters(HALF, lambda case: False))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HALF, ids=name_of)
 def test_bfloat16_in_a_layout_equals_one_process_by_its_own_last_place(half_runs: Runs, case: dict[str, Any]) -> None:
     half_runs.check(case)
 
